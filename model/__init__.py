@@ -1,0 +1,1 @@
+"""The DRoRAE tokenizer: frozen ViT encoder, multi-layer fusion, ViT decoder, checkpoints."""

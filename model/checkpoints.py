@@ -1,0 +1,239 @@
+"""The checkpoint directory: a validated ``config.json`` and one safetensors file a part.
+
+``config.json`` names every file with its size and sha256, so that a flipped bit is found before a
+weight is used, and the checkpoint's own sha256 is that of ``config.json``. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import PRESETS, FrozenConfig, TokenizerConfig
+from model.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "drorae-tokenizer"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_SAFETENSORS_HEADER_BYTES = 100 * 2**20
+BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
+REQUIRED_PARTS = frozenset({"encoder", "decoder"})
+
+Parts = dict[str, dict[str, Tensor]]
+
+
+class FileRecord(FrozenConfig):
+    """Size and digest of one safetensors file."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    num_bytes: int = Field(ge=0)
+
+
+class CheckpointConfig(FrozenConfig):
+    """Contents of ``config.json``."""
+
+    format: Literal["drorae-tokenizer"]
+    version: Literal[1]
+    tokenizer: TokenizerConfig
+    files: dict[Literal["encoder", "fusion", "decoder", "statistics"], FileRecord]
+    provenance: dict[str, Any] = Field(default_factory=dict, description="How the weights came to be.")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Identity of a checkpoint: the sha256 of its ``config.json`` covers every file."""
+
+    path: Path
+    name: str
+    sha256: str
+    format_version: int
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What `read_checkpoint` found: configuration, tensors by part, identity."""
+
+    config: TokenizerConfig
+    parts: Parts
+    info: CheckpointInfo
+
+
+def resolve_checkpoint(source: str | Path) -> Path:
+    """Directory of a checkpoint path, or of a preset's bundled weights.
+
+    Raises:
+        CheckpointError: neither; the message says what was looked for.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    bundled = BUNDLED_DIRECTORY / str(source)
+    if str(source) in PRESETS:
+        if bundled.is_dir():
+            return bundled
+        raise CheckpointError(f"preset {str(source)!r} has no bundled weights: give a checkpoint directory")
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: a checkpoint is a directory with {CONFIG_FILE}")
+    bundled_names = ", ".join(sorted(name for name in PRESETS if (BUNDLED_DIRECTORY / name).is_dir()))
+    raise CheckpointError(f"no checkpoint directory at {path}; bundled checkpoints: {bundled_names or 'none'}")
+
+
+def read_checkpoint(path: Path) -> CheckpointContents:
+    """Read and verify a checkpoint directory.
+
+    Raises:
+        CheckpointError: names the file, and the tensor or field where one is at fault.
+    """
+    config, digest = _read_config(path / CONFIG_FILE)
+    required = REQUIRED_PARTS | ({"fusion"} if config.tokenizer.fusion else set())
+    for part in sorted(required - set(config.files)):
+        raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' lacks {part!r}")
+    if "fusion" in config.files and config.tokenizer.fusion is None:
+        raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' has 'fusion' but the tokenizer has none")
+    parts = {part: _read_part(path / f"{part}.safetensors", record) for part, record in config.files.items()}
+    info = CheckpointInfo(path, config.tokenizer.name, digest, config.version, config.provenance)
+    return CheckpointContents(config.tokenizer, dict(parts), info)
+
+
+def write_checkpoint(
+    path: Path, config: TokenizerConfig, parts: Parts, provenance: dict[str, Any]
+) -> CheckpointInfo:
+    """Write a checkpoint directory: complete and synced to disk, or not at all.
+
+    Raises:
+        OSError: the disk is full or the place not writable; nothing half-written stays behind.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        staging.mkdir()
+        files = {}
+        for part, tensors in sorted(parts.items()):
+            file = staging / f"{part}.safetensors"
+            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+            files[part] = {"sha256": _file_sha256(file), "num_bytes": file.stat().st_size}
+        contents = CheckpointConfig.model_validate(
+            {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "tokenizer": config,
+                "files": files,
+                "provenance": provenance,
+            }
+        )
+        text = contents.model_dump_json(indent=2) + "\n"
+        (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+        _sync_tree(staging)
+        replace_directory(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return CheckpointInfo(path, config.name, digest, FORMAT_VERSION, provenance)
+
+
+def replace_directory(staging: Path, path: Path) -> None:
+    """Move ``staging`` to ``path``; a directory that was there goes away only after it."""
+    retired = path.parent / f".{path.name}.{uuid.uuid4().hex}.retired"
+    if path.exists():
+        os.rename(path, retired)
+    os.rename(staging, path)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _read_config(file: Path) -> tuple[CheckpointConfig, str]:
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes, so no checkpoint configuration")
+        raw = file.read_bytes()
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{file.parent} is no checkpoint: it has no {CONFIG_FILE}") from exc
+    except OSError as exc:
+        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
+    try:
+        fields = json.loads(raw)
+    except ValueError as exc:
+        raise CheckpointError(f"{file}: not valid JSON: {exc}") from exc
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: field 'format' is not {FORMAT!r}, so this is no DRoRAE checkpoint")
+    if fields.get("version") != FORMAT_VERSION:
+        found = fields.get("version")
+        raise CheckpointError(f"{file}: format version {found!r}; this build reads version {FORMAT_VERSION}")
+    try:
+        config = CheckpointConfig.model_validate_json(raw)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        field = ".".join(str(step) for step in error["loc"]) or "(root)"
+        raise CheckpointError(f"{file}: field {field!r}: {error['msg']}") from exc
+    return config, hashlib.sha256(raw).hexdigest()
+
+
+def _read_part(file: Path, record: FileRecord) -> dict[str, Tensor]:
+    try:
+        num_bytes = file.stat().st_size
+    except OSError as exc:
+        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
+    if num_bytes != record.num_bytes:
+        where = _first_cut_tensor(file, num_bytes)
+        raise CheckpointError(
+            f"{file}: {num_bytes} bytes where {CONFIG_FILE} says {record.num_bytes}: truncated or replaced{where}"
+        )
+    if _file_sha256(file) != record.sha256:
+        raise CheckpointError(f"{file}: sha256 differs from {CONFIG_FILE}: the file is corrupt or was replaced")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {exc}") from exc
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected floating point")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: tensor {name!r} holds a NaN or infinite value")
+    return tensors
+
+
+def _first_cut_tensor(file: Path, num_bytes: int) -> str:
+    """Names the first tensor that a truncated file no longer holds whole, where its header survives."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < header_bytes <= min(MAX_SAFETENSORS_HEADER_BYTES, num_bytes - 8):
+            return ", its header is not whole"
+        try:
+            header = json.loads(stream.read(header_bytes))
+            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return ", its header is corrupt"
+    cut = [(end, name) for name, end in ends.items() if 8 + header_bytes + end > num_bytes]
+    return f", first in tensor {min(cut)[1]!r}" if cut else ""
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_tree(directory: Path) -> None:
+    for entry in [*directory.iterdir(), directory]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

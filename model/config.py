@@ -1,0 +1,154 @@
+"""Typed configuration of the tokenizer, and the presets.
+
+Every value is validated where it is written: unknown fields are errors, and a combination that
+cannot be built is refused with a sentence that names the fields.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Width = Annotated[int, Field(ge=8, le=8192)]
+Depth = Annotated[int, Field(ge=1, le=64)]
+PixelTriple = tuple[float, float, float]
+
+
+class FrozenConfig(BaseModel):
+    """Base of every configuration: immutable, and a typo is an error instead of a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncoderConfig(FrozenConfig):
+    """DINOv2 with registers (arXiv 2309.16588). The defaults are ``dinov2-with-registers-base``."""
+
+    width: Width = Field(768, description="Token width C.")
+    depth: Depth = Field(12, description="Number of blocks L; each gives one hidden state.")
+    num_heads: int = Field(12, ge=1, description="Attention heads; divides the width.")
+    mlp_ratio: float = Field(4.0, gt=0, le=8, description="MLP width over token width.")
+    patch_size: int = Field(14, ge=1, le=64, description="Patch side, pixels.")
+    image_size: int = Field(224, ge=8, le=1024, description="Input side, pixels; images are resized to it.")
+    num_registers: int = Field(4, ge=0, le=64, description="Register tokens after the class token.")
+    position_grid: int = Field(37, ge=1, le=128, description="Side of the stored position table, patches.")
+    layer_norm_eps: float = Field(1e-6, gt=0, description="eps of every LayerNorm, LN_bb included.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the input."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens that precede the patch tokens."""
+        return 1 + self.num_registers
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}")
+        return self
+
+
+class FusionConfig(FrozenConfig):
+    """Multi-layer representation fusion (arXiv 2605.10780). The ablations are values of these fields."""
+
+    num_layers: Depth = Field(12, description="How many of the deepest layers are fused.")
+    mixer: Literal["experts", "cross_attention"] = Field(
+        "experts", description="Layer experts with a router, or attention over layers queried by the last one."
+    )
+    hidden_width: Width = Field(1536, description="Expert hidden width h (experts only).")
+    routing: Literal["energy", "softmax"] = Field("energy", description="How router weights are normalised.")
+    router_input_norm: bool = Field(True, description="Whether the router sees LN_bb-normalised states.")
+    correction: Literal["incremental", "replace"] = Field(
+        "incremental", description="z_base + beta (z_fuse - z_base), or z_fuse alone."
+    )
+    beta: float = Field(0.2, ge=0, le=1, description="Size of the incremental correction.")
+    energy_eps: float = Field(1e-6, gt=0, description="eps under the energy normalisation's square root.")
+    hidden_norm_eps: float = Field(1e-5, gt=0, description="eps of the experts' hidden LayerNorm.")
+    num_heads: int = Field(12, ge=1, description="Attention heads (cross_attention only).")
+
+
+class DecoderConfig(FrozenConfig):
+    """MAE-style ViT decoder. The defaults are RAE's ViT-XL."""
+
+    width: Width = Field(1152, description="Token width; divisible by 4 for the 2-D sin-cos positions.")
+    depth: Depth = Field(28, description="Number of blocks.")
+    num_heads: int = Field(16, ge=1, description="Attention heads; divides the width.")
+    mlp_width: Width = Field(4096, description="MLP hidden width.")
+    patch_size: int = Field(16, ge=1, le=64, description="Output patch side, pixels.")
+    layer_norm_eps: float = Field(1e-12, gt=0, description="eps of every LayerNorm.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}")
+        if self.width % 4:
+            raise ValueError(f"width={self.width} is not divisible by 4")
+        return self
+
+
+class TokenizerConfig(FrozenConfig):
+    """A whole tokenizer. ``fusion=None`` is a plain single-layer RAE."""
+
+    name: str = Field(min_length=1, max_length=100, description="Name shown to users and written in metadata.")
+    image_size: int = Field(256, ge=8, le=1024, description="Side of the images in and out, pixels.")
+    encoder: EncoderConfig = EncoderConfig()
+    fusion: FusionConfig | None = FusionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    pixel_mean: PixelTriple = Field(IMAGENET_MEAN, description="Per-channel mean of the pixels, in [0, 1].")
+    pixel_std: PixelTriple = Field(IMAGENET_STD, description="Per-channel deviation of the pixels.")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one latent."""
+        return (self.encoder.width, self.encoder.grid, self.encoder.grid)
+
+    @property
+    def fused_layers(self) -> tuple[int, ...]:
+        """1-based numbers of the blocks that feed the latent, shallow to deep."""
+        depth = self.encoder.depth
+        num_layers = self.fusion.num_layers if self.fusion else 1
+        return tuple(range(depth - num_layers + 1, depth + 1))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        decoded = self.decoder.patch_size * self.encoder.grid
+        if decoded != self.image_size:
+            raise ValueError(
+                f"decoder.patch_size x encoder grid = {self.decoder.patch_size} x {self.encoder.grid} = {decoded} "
+                f"differs from image_size={self.image_size}"
+            )
+        if self.fusion is not None:
+            if self.fusion.num_layers > self.encoder.depth:
+                raise ValueError(
+                    f"fusion.num_layers={self.fusion.num_layers} exceeds encoder.depth={self.encoder.depth}"
+                )
+            if self.fusion.mixer == "cross_attention" and self.encoder.width % self.fusion.num_heads:
+                raise ValueError(
+                    f"encoder.width={self.encoder.width} is not divisible by fusion.num_heads={self.fusion.num_heads}"
+                )
+        return self
+
+
+def fusion_num_parameters(num_layers: int, width: int, hidden_width: int) -> int:
+    """Parameters of the expert fusion: ``L (C h + h + h C + h) + C L^2 + L``."""
+    experts = num_layers * (2 * width * hidden_width + 2 * hidden_width)
+    router = width * num_layers**2 + num_layers
+    return experts + router
+
+
+PRESETS: dict[str, TokenizerConfig] = {
+    "mini": TokenizerConfig(
+        name="mini",
+        encoder=EncoderConfig(width=192, num_heads=3),
+        fusion=FusionConfig(hidden_width=384, num_heads=3),
+        decoder=DecoderConfig(width=320, depth=8, num_heads=5, mlp_width=1280),
+    ),
+    "dinov2-b": TokenizerConfig(name="dinov2-b"),
+    "dinov2-b-h3072": TokenizerConfig(name="dinov2-b-h3072", fusion=FusionConfig(hidden_width=3072)),
+}

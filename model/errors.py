@@ -1,0 +1,30 @@
+"""Exceptions of the model package.
+
+::
+
+    ModelError
+    ├── ConfigError       a configuration that cannot be built
+    ├── CheckpointError   a checkpoint that is missing, corrupt, foreign or of another version
+    ├── ImageError        images of the wrong shape or dtype
+    └── LatentError       latents of the wrong shape, dtype or value
+"""
+
+
+class ModelError(Exception):
+    """Root of every error that the model package raises for its users."""
+
+
+class ConfigError(ModelError, ValueError):
+    """A configuration that names something impossible; the message names the field."""
+
+
+class CheckpointError(ModelError, ValueError):
+    """A checkpoint that cannot be loaded; the message names the file and, where known, the tensor."""
+
+
+class ImageError(ModelError, ValueError):
+    """Images that the tokenizer cannot take."""
+
+
+class LatentError(ModelError, ValueError):
+    """Latents that the tokenizer cannot take, or a latent option that it cannot honour."""

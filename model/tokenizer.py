@@ -1,0 +1,268 @@
+"""The tokenizer: images to enriched latents and back.
+
+Shape legend: B batch, N tokens, C latent width, h w latent grid, S image side.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.reference import token_norm
+from model.checkpoints import CheckpointInfo, read_checkpoint, resolve_checkpoint, write_checkpoint
+from model.config import TokenizerConfig
+from model.decoder import Decoder
+from model.encoder import Encoder
+from model.errors import CheckpointError, ImageError, LatentError
+from model.fusion import Fusion
+
+logger = logging.getLogger(__name__)
+
+LatentKind = Literal["enriched", "base"]
+STATISTICS_EPS = 1e-5
+
+
+class Tokenizer(nn.Module):
+    """Image -> frozen encoder -> fusion -> enriched latent -> decoder -> image.
+
+    Build one with `load`, or from a `TokenizerConfig` with random weights.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint: CheckpointInfo | None = None
+        self.encoder = Encoder(config.encoder)
+        self.fusion = Fusion(config.fusion, config.encoder) if config.fusion else None
+        self.decoder = Decoder(config)
+        self.latent_mean: Tensor | None
+        self.latent_var: Tensor | None
+        self.register_buffer("latent_mean", None)
+        self.register_buffer("latent_var", None)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a checkpoint, frozen and in eval mode.
+
+        Args:
+            source: a checkpoint directory, or the name of a preset with bundled weights (``mini``).
+            device: where the weights go.
+            dtype: computation type of weights and activations.
+
+        Raises:
+            CheckpointError: missing, corrupt, foreign or of another version; names file and tensor.
+        """
+        path = resolve_checkpoint(source)
+        contents = read_checkpoint(path)
+        with torch.device("meta"):
+            tokenizer = cls(contents.config)
+        tokenizer._restore_constants()
+        for part, tensors in contents.parts.items():
+            tokenizer._load_part(part, tensors, path)
+        tokenizer.checkpoint = contents.info
+        for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
+            if module is not None:
+                module.freeze()
+        return tokenizer.to(device=device, dtype=dtype).eval()
+
+    def save(
+        self,
+        path: str | Path,
+        storage_dtype: torch.dtype | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> CheckpointInfo:
+        """Write a checkpoint directory atomically, replacing one that is there.
+
+        Args:
+            path: the directory.
+            storage_dtype: type of the stored weights; by default as they are. Statistics stay float32.
+            provenance: how the weights came to be, kept in ``config.json``; any JSON.
+        """
+        parts = {}
+        for name, tensors in self.parts().items():
+            dtype = torch.float32 if name == "statistics" else storage_dtype
+            parts[name] = {key: t.detach().cpu().to(dtype or t.dtype) for key, t in tensors.items()}
+        return write_checkpoint(Path(path), self.config, parts, provenance or {})
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors by checkpoint file: encoder, fusion, decoder, statistics."""
+        parts = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
+        if self.fusion is not None:
+            parts["fusion"] = self.fusion.state_dict()
+        if self.latent_mean is not None and self.latent_var is not None:
+            parts["statistics"] = {"mean": self.latent_mean, "var": self.latent_var}
+        return parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.last_layer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.last_layer.dtype
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether latents can be normalised per position."""
+        return self.latent_mean is not None
+
+    @property
+    def fusion_path(self) -> str:
+        """Which implementation of the fusion runs: ``reference``, or ``none`` without fusion."""
+        return "none" if self.fusion is None else "reference"
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
+        """Tokenize images.
+
+        Args:
+            images: [B, 3, S, S] in [0, 1], S = ``config.image_size``; moved to the tokenizer's device.
+            latent: ``enriched`` (z_final) or ``base`` (z_base, the plain last layer).
+            normalize: subtract the mean and divide by the deviation of each position.
+
+        Returns:
+            [B, C, h, w].
+
+        Raises:
+            ImageError: wrong shape or dtype.
+            LatentError: ``normalize`` without statistics, or with the base latent of a fused tokenizer.
+        """
+        self._check_images(images)
+        if normalize:
+            self._check_normalizable(latent)
+        tokens = self.tokens(images.to(device=self.device, dtype=self.dtype), latent)
+        latents = tokens.transpose(1, 2).unflatten(2, self.config.latent_shape[1:])
+        return self.normalize_latents(latents) if normalize else latents.contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, normalize: bool = False) -> Tensor:
+        """Reconstruct images.
+
+        Args:
+            latents: [B, C, h, w], enriched or base.
+            normalize: whether ``latents`` are normalised per position.
+
+        Returns:
+            [B, 3, S, S] in [0, 1].
+
+        Raises:
+            LatentError: wrong shape, dtype or a non-finite value; ``normalize`` without statistics.
+        """
+        self._check_latents(latents)
+        latents = latents.to(device=self.device, dtype=self.dtype)
+        if normalize:
+            self._check_normalizable("enriched")
+            latents = self.denormalize_latents(latents)
+        return self.decoder(latents.flatten(2).transpose(1, 2)).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
+        """``decode(encode(images))``: [B, 3, S, S] in [0, 1] to the same."""
+        return self.decode(self.encode(images, latent))
+
+    def tokens(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
+        """Differentiable encode: images [B, 3, S, S] in [0, 1] to latent tokens [B, N, C]."""
+        hidden_states = self.encoder(self.preprocess(images))
+        if latent == "base" or self.fusion is None:
+            return token_norm(hidden_states[-1], self.config.encoder.layer_norm_eps)
+        return self.fusion(hidden_states)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Resize [B, 3, S, S] in [0, 1] to the encoder's input (bicubic, as RAE) and normalise it."""
+        side = self.config.encoder.image_size
+        if images.shape[-1] != side:
+            images = F.interpolate(images, size=(side, side), mode="bicubic", align_corners=False)
+        return (images - self.decoder.pixel_mean) / self.decoder.pixel_std
+
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Set the enriched latents' mean and variance per position, each [C, h, w].
+
+        Raises:
+            LatentError: wrong shape, or a negative or non-finite value.
+        """
+        for name, tensor in (("mean", mean), ("var", var)):
+            if tuple(tensor.shape) != self.config.latent_shape:
+                raise LatentError(
+                    f"statistics {name} has shape {list(tensor.shape)}, expected {list(self.config.latent_shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise LatentError(f"statistics {name} has a non-finite value")
+        if (var < 0).any():
+            raise LatentError("statistics var has a negative value")
+        self.latent_mean = mean.to(device=self.device, dtype=self.dtype)
+        self.latent_var = var.to(device=self.device, dtype=self.dtype)
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """``(z - mean) / sqrt(var + 1e-5)`` per position, [B, C, h, w]."""
+        assert self.latent_mean is not None and self.latent_var is not None
+        return (latents - self.latent_mean) / torch.sqrt(self.latent_var + STATISTICS_EPS)
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalize_latents`."""
+        assert self.latent_mean is not None and self.latent_var is not None
+        return latents * torch.sqrt(self.latent_var + STATISTICS_EPS) + self.latent_mean
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise ImageError(f"images have shape {list(images.shape)}, expected [B, 3, {side}, {side}]")
+        if not images.is_floating_point():
+            raise ImageError(f"images have dtype {images.dtype}, expected floating point in [0, 1]")
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.config.latent_shape:
+            channels, rows, columns = self.config.latent_shape
+            raise LatentError(
+                f"latents have shape {list(latents.shape)}, expected [B, {channels}, {rows}, {columns}]"
+            )
+        if not latents.is_floating_point():
+            raise LatentError(f"latents have dtype {latents.dtype}, expected floating point")
+        finite = torch.isfinite(latents).flatten(1).all(dim=1)
+        if not finite.all():
+            index = int((~finite).nonzero()[0])
+            raise LatentError(f"latent {index} holds a NaN or infinite value")
+
+    def _check_normalizable(self, latent: LatentKind) -> None:
+        if not self.has_statistics:
+            raise LatentError(f"checkpoint {self.config.name!r} has no latent statistics, so none can be normalised")
+        if latent == "base" and self.fusion is not None:
+            raise LatentError("the latent statistics describe enriched latents: normalize is not offered for base")
+
+    def _restore_constants(self) -> None:
+        """Give the buffers that no checkpoint stores their values after a construction on meta."""
+        for name, tensor in Decoder.constants(self.config).items():
+            setattr(self.decoder, name, tensor)
+
+    def _load_part(self, part: str, tensors: dict[str, Tensor], path: Path) -> None:
+        """Strict load that names the file and the tensor."""
+        file = path / f"{part}.safetensors"
+        if part == "statistics":
+            self._load_statistics(tensors, file)
+            return
+        module = getattr(self, part)
+        expected = module.state_dict()
+        for name, tensor in expected.items():
+            if name not in tensors:
+                raise CheckpointError(f"{file}: tensor {name!r} is missing")
+            if tensors[name].shape != tensor.shape:
+                found, wanted = list(tensors[name].shape), list(tensor.shape)
+                raise CheckpointError(f"{file}: tensor {name!r} has shape {found}, expected {wanted}")
+        for name in tensors:
+            if name not in expected:
+                raise CheckpointError(f"{file}: unexpected tensor {name!r}")
+        module.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+
+    def _load_statistics(self, tensors: dict[str, Tensor], file: Path) -> None:
+        if set(tensors) != {"mean", "var"}:
+            raise CheckpointError(f"{file}: holds the tensors {sorted(tensors)}, expected ['mean', 'var']")
+        try:
+            self.set_statistics(tensors["mean"], tensors["var"])
+        except LatentError as exc:
+            raise CheckpointError(f"{file}: {exc}") from exc

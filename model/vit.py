@@ -1,0 +1,97 @@
+"""The transformer block that encoder and decoder share, and freezing.
+
+Shape legend: B batch, T tokens (prefix included), C width, D head width.
+"""
+
+from typing import Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Freezable(nn.Module):
+    """A module that can be frozen: no gradients, and eval mode whatever ``.train()`` is called above it."""
+
+    frozen: bool = False
+
+    def freeze(self) -> Self:
+        """Stop gradients and pin eval mode."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def unfreeze(self) -> Self:
+        """Allow gradients and training mode again."""
+        self.frozen = False
+        self.requires_grad_(True)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through SDPA. [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, D]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden_width)
+        self.down = nn.Linear(hidden_width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(tokens)))
+
+
+class LayerScale(nn.Module):
+    """A learned per-channel gain on a residual branch (CaiT)."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(Tensor(width).fill_(initial))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * self.gain
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; ``layer_scale=None`` leaves the residual branches unscaled."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_width: int, eps: float, layer_scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, num_heads)
+        self.norm_mlp = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp_width)
+        scaled = layer_scale is not None
+        self.scale_attention = LayerScale(width, layer_scale) if scaled else nn.Identity()
+        self.scale_mlp = LayerScale(width, layer_scale) if scaled else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.scale_attention(self.attention(self.norm_attention(tokens)))
+        return tokens + self.scale_mlp(self.mlp(self.norm_mlp(tokens)))
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """ViT's initialisation, for ``Module.apply``: truncated normal of deviation 0.02, zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
