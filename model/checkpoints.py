@@ -4,6 +4,7 @@
 weight is used, and the checkpoint's own sha256 is that of ``config.json``. Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -90,8 +91,9 @@ def resolve_checkpoint(source: str | Path) -> Path:
         raise CheckpointError(f"preset {str(source)!r} has no bundled weights: give a checkpoint directory")
     if path.is_file():
         raise CheckpointError(f"{path} is a file: a checkpoint is a directory with {CONFIG_FILE}")
-    bundled_names = ", ".join(sorted(name for name in PRESETS if (BUNDLED_DIRECTORY / name).is_dir()))
-    raise CheckpointError(f"no checkpoint directory at {path}; bundled checkpoints: {bundled_names or 'none'}")
+    bundled_names = sorted(name for name in PRESETS if (BUNDLED_DIRECTORY / name).is_dir())
+    listed = ", ".join(bundled_names) or "none"
+    raise CheckpointError(f"no checkpoint directory at {path}; bundled checkpoints: {listed}")
 
 
 def read_checkpoint(path: Path) -> CheckpointContents:
@@ -106,9 +108,11 @@ def read_checkpoint(path: Path) -> CheckpointContents:
         raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' lacks {part!r}")
     if "fusion" in config.files and config.tokenizer.fusion is None:
         raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' has 'fusion' but the tokenizer has none")
-    parts = {part: _read_part(path / f"{part}.safetensors", record) for part, record in config.files.items()}
+    parts: Parts = {
+        part: _read_part(path / f"{part}.safetensors", record) for part, record in config.files.items()
+    }
     info = CheckpointInfo(path, config.tokenizer.name, digest, config.version, config.provenance)
-    return CheckpointContents(config.tokenizer, dict(parts), info)
+    return CheckpointContents(config.tokenizer, parts, info)
 
 
 def write_checkpoint(
@@ -117,9 +121,11 @@ def write_checkpoint(
     """Write a checkpoint directory: complete and synced to disk, or not at all.
 
     Raises:
-        OSError: the disk is full or the place not writable; nothing half-written stays behind.
+        OSError: the disk is full, the place not writable, or taken by something that is no
+            checkpoint; nothing half-written stays behind.
     """
     path = path.absolute()
+    _refuse_to_replace_others(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -150,18 +156,38 @@ def write_checkpoint(
 
 
 def replace_directory(staging: Path, path: Path) -> None:
-    """Move ``staging`` to ``path``; a directory that was there goes away only after it."""
+    """Move ``staging`` to ``path``; a directory that was there goes away only after it.
+
+    Raises:
+        OSError: ``path`` is as it was.
+    """
     retired = path.parent / f".{path.name}.{uuid.uuid4().hex}.retired"
-    if path.exists():
+    replaces = path.exists()
+    if replaces:
         os.rename(path, retired)
-    os.rename(staging, path)
+    try:
+        os.rename(staging, path)
+    except BaseException:
+        if replaces:
+            os.rename(retired, path)
+        raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _refuse_to_replace_others(path: Path) -> None:
+    """A mistyped output path must not cost somebody a directory of photos."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file stands where the checkpoint should go", str(path))
+    if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+        raise FileExistsError(errno.EEXIST, f"directory not empty and without {CONFIG_FILE}", str(path))
 
 
 def _read_config(file: Path) -> tuple[CheckpointConfig, str]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes, so no checkpoint configuration")
+            raise CheckpointError(f"{file}: over {MAX_CONFIG_BYTES} bytes, so no checkpoint configuration")
         raw = file.read_bytes()
     except FileNotFoundError as exc:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {CONFIG_FILE}") from exc
@@ -193,17 +219,18 @@ def _read_part(file: Path, record: FileRecord) -> dict[str, Tensor]:
     if num_bytes != record.num_bytes:
         where = _first_cut_tensor(file, num_bytes)
         raise CheckpointError(
-            f"{file}: {num_bytes} bytes where {CONFIG_FILE} says {record.num_bytes}: truncated or replaced{where}"
+            f"{file}: {num_bytes} bytes where {CONFIG_FILE} says {record.num_bytes}: "
+            f"truncated or replaced{where}"
         )
     if _file_sha256(file) != record.sha256:
-        raise CheckpointError(f"{file}: sha256 differs from {CONFIG_FILE}: the file is corrupt or was replaced")
+        raise CheckpointError(f"{file}: sha256 differs from {CONFIG_FILE}: the file is corrupt or replaced")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as exc:
         raise CheckpointError(f"{file}: not a readable safetensors file: {exc}") from exc
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected floating point")
+            raise CheckpointError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected a float type")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name!r} holds a NaN or infinite value")
     return tensors
@@ -218,7 +245,8 @@ def _first_cut_tensor(file: Path, num_bytes: int) -> str:
             return ", its header is not whole"
         try:
             header = json.loads(stream.read(header_bytes))
-            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            header.pop("__metadata__", None)
+            ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return ", its header is corrupt"
     cut = [(end, name) for name, end in ends.items() if 8 + header_bytes + end > num_bytes]

@@ -59,7 +59,7 @@ class FusionConfig(FrozenConfig):
 
     num_layers: Depth = Field(12, description="How many of the deepest layers are fused.")
     mixer: Literal["experts", "cross_attention"] = Field(
-        "experts", description="Layer experts with a router, or attention over layers queried by the last one."
+        "experts", description="Layer experts with a router, or attention over layers queried by the last."
     )
     hidden_width: Width = Field(1536, description="Expert hidden width h (experts only).")
     routing: Literal["energy", "softmax"] = Field("energy", description="How router weights are normalised.")
@@ -95,7 +95,7 @@ class DecoderConfig(FrozenConfig):
 class TokenizerConfig(FrozenConfig):
     """A whole tokenizer. ``fusion=None`` is a plain single-layer RAE."""
 
-    name: str = Field(min_length=1, max_length=100, description="Name shown to users and written in metadata.")
+    name: str = Field(min_length=1, max_length=100, description="Name shown to users and in metadata.")
     image_size: int = Field(256, ge=8, le=1024, description="Side of the images in and out, pixels.")
     encoder: EncoderConfig = EncoderConfig()
     fusion: FusionConfig | None = FusionConfig()
@@ -120,8 +120,8 @@ class TokenizerConfig(FrozenConfig):
         decoded = self.decoder.patch_size * self.encoder.grid
         if decoded != self.image_size:
             raise ValueError(
-                f"decoder.patch_size x encoder grid = {self.decoder.patch_size} x {self.encoder.grid} = {decoded} "
-                f"differs from image_size={self.image_size}"
+                f"decoder.patch_size x encoder grid = {self.decoder.patch_size} x {self.encoder.grid} = "
+                f"{decoded} differs from image_size={self.image_size}"
             )
         if self.fusion is not None:
             if self.fusion.num_layers > self.encoder.depth:
@@ -130,7 +130,8 @@ class TokenizerConfig(FrozenConfig):
                 )
             if self.fusion.mixer == "cross_attention" and self.encoder.width % self.fusion.num_heads:
                 raise ValueError(
-                    f"encoder.width={self.encoder.width} is not divisible by fusion.num_heads={self.fusion.num_heads}"
+                    f"encoder.width={self.encoder.width} is not divisible by "
+                    f"fusion.num_heads={self.fusion.num_heads}"
                 )
         return self
 

@@ -60,7 +60,7 @@ class Decoder(Freezable):
             }
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight at which the adversarial term is balanced (VQGAN's adaptive weight)."""
         return self.predict.weight
 

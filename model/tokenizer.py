@@ -65,7 +65,9 @@ class Tokenizer(nn.Module):
         with torch.device("meta"):
             tokenizer = cls(contents.config)
         tokenizer._restore_constants()
-        for part, tensors in contents.parts.items():
+        for part, tensors in sorted(
+            contents.parts.items()
+        ):  # statistics last: they go to the weights' device
             tokenizer._load_part(part, tensors, path)
         tokenizer.checkpoint = contents.info
         for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
@@ -189,9 +191,8 @@ class Tokenizer(nn.Module):
         """
         for name, tensor in (("mean", mean), ("var", var)):
             if tuple(tensor.shape) != self.config.latent_shape:
-                raise LatentError(
-                    f"statistics {name} has shape {list(tensor.shape)}, expected {list(self.config.latent_shape)}"
-                )
+                found, wanted = list(tensor.shape), list(self.config.latent_shape)
+                raise LatentError(f"statistics {name} has shape {found}, expected {wanted}")
             if not torch.isfinite(tensor).all():
                 raise LatentError(f"statistics {name} has a non-finite value")
         if (var < 0).any():
@@ -201,12 +202,14 @@ class Tokenizer(nn.Module):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """``(z - mean) / sqrt(var + 1e-5)`` per position, [B, C, h, w]."""
-        assert self.latent_mean is not None and self.latent_var is not None
+        assert self.latent_mean is not None
+        assert self.latent_var is not None
         return (latents - self.latent_mean) / torch.sqrt(self.latent_var + STATISTICS_EPS)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of `normalize_latents`."""
-        assert self.latent_mean is not None and self.latent_var is not None
+        assert self.latent_mean is not None
+        assert self.latent_var is not None
         return latents * torch.sqrt(self.latent_var + STATISTICS_EPS) + self.latent_mean
 
     def _check_images(self, images: Tensor) -> None:
@@ -231,9 +234,9 @@ class Tokenizer(nn.Module):
 
     def _check_normalizable(self, latent: LatentKind) -> None:
         if not self.has_statistics:
-            raise LatentError(f"checkpoint {self.config.name!r} has no latent statistics, so none can be normalised")
+            raise LatentError(f"checkpoint {self.config.name!r} has no latent statistics to normalise with")
         if latent == "base" and self.fusion is not None:
-            raise LatentError("the latent statistics describe enriched latents: normalize is not offered for base")
+            raise LatentError("the statistics describe enriched latents: normalize is not offered for base")
 
     def _restore_constants(self) -> None:
         """Give the buffers that no checkpoint stores their values after a construction on meta."""

@@ -80,9 +80,8 @@ class Block(nn.Module):
         self.attention = Attention(width, num_heads)
         self.norm_mlp = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_width)
-        scaled = layer_scale is not None
-        self.scale_attention = LayerScale(width, layer_scale) if scaled else nn.Identity()
-        self.scale_mlp = LayerScale(width, layer_scale) if scaled else nn.Identity()
+        self.scale_attention = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.scale_mlp = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.scale_attention(self.attention(self.norm_attention(tokens)))
