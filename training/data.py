@@ -1,0 +1,219 @@
+"""Training batches: a pure function of (seed, position), so that a resumed run sees the same data.
+
+Shape legend: B batch, S side in pixels.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from training.errors import DataError
+from training.recipe import DataConfig
+from training.sources import Sample, list_samples
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 64 * 2**20
+Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their labels.
+
+    Attributes:
+        images: [B, 3, S, S] uint8.
+        labels: [B] int64, -1 where the source names no class.
+        num_broken: samples that could not be decoded and were replaced by their successor.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_broken: int
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """Images as float32 [B, 3, S, S] in [0, 1] on ``device``."""
+        return self.images.to(device, non_blocking=True).float() / 255
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode to RGB with EXIF orientation applied, alpha on white.
+
+    Raises:
+        DataError: not an image, truncated, or larger than 64 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks about metadata say nothing of the pixels
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
+        raise DataError(f"not a readable image: {exc}") from exc
+
+
+def resize_short_side(image: Image.Image, side: int) -> Image.Image:
+    """Antialiased bicubic resize that makes the short side ``side`` pixels."""
+    scale = side / min(image.size)
+    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def crop_at(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
+    """The square of ``side`` pixels at (left, top)."""
+    return image.crop((left, top, left + side, top + side))
+
+
+def center_crop(image: Image.Image, side: int) -> Image.Image:
+    """Short side to ``side``, then the central square: the geometry of evaluation and of the service."""
+    image = resize_short_side(image, side)
+    return crop_at(image, (image.width - side) // 2, (image.height - side) // 2, side)
+
+
+def random_crop(config: DataConfig, side: int) -> Transform:
+    """Short side to a random size of ``config.resize_short_side``, random crop, optional flip (RAE)."""
+
+    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        low, high = config.resize_short_side
+        image = resize_short_side(image, max(side, int(rng.integers(low, high + 1))))
+        left = int(rng.integers(0, image.width - side + 1))
+        top = int(rng.integers(0, image.height - side + 1))
+        return _random_flip(crop_at(image, left, top, side), rng, config.flip)
+
+    return transform
+
+
+def random_resized_crop(config: DataConfig, side: int) -> Transform:
+    """A random square of ``config.crop_area`` of the image, resized to ``side`` (Inception)."""
+
+    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        low, high = config.crop_area
+        length = round((image.width * image.height * rng.uniform(low, high)) ** 0.5)
+        length = max(1, min(length, *image.size))
+        left = int(rng.integers(0, image.width - length + 1))
+        top = int(rng.integers(0, image.height - length + 1))
+        box = (left, top, left + length, top + length)
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+        return _random_flip(image, rng, config.flip)
+
+    return transform
+
+
+def _random_flip(image: Image.Image, rng: np.random.Generator, enabled: bool) -> Image.Image:
+    return ImageOps.mirror(image) if enabled and rng.random() < 0.5 else image
+
+
+class PositionedDataset(Dataset[tuple[Tensor, int, int]]):
+    """Maps a position in the endless training stream to a sample.
+
+    Epoch e visits the samples in a permutation drawn from (seed, e); augmentation is drawn from
+    (seed, position). Nothing depends on what was read before.
+    """
+
+    def __init__(self, samples: Sequence[Sample], transform: Transform, seed: int) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        epoch, offset = divmod(position, len(self.samples))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
+            self._epoch = epoch
+        rng = np.random.default_rng((self.seed, 1, position))
+        for num_broken in range(len(self.samples)):
+            sample = self.samples[self._order[(offset + num_broken) % len(self.samples)]]
+            try:
+                image = decode_image(sample.read())
+            except (DataError, OSError) as exc:
+                logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
+                continue
+            label = -1 if sample.label is None else sample.label
+            return to_tensor(self.transform(image, rng)), label, num_broken
+        raise DataError(f"none of the {len(self.samples)} listed images could be decoded")
+
+
+class PositionSampler(Sampler[int]):
+    """Yields consecutive positions of the endless stream, from ``start``."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.start
+        while True:
+            yield position
+            position += 1
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to [3, H, W] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def training_batches(
+    config: DataConfig, transform: Transform, batch_size: int, seed: int, start_batch: int
+) -> Iterator[Batch]:
+    """Endless batches from batch number ``start_batch`` on.
+
+    Raises:
+        DataError: a path is missing, or no image can be decoded.
+    """
+    samples = list_samples(config.train)
+    logger.info("training on %d images", len(samples))
+    loader = DataLoader(
+        PositionedDataset(samples, transform, seed),
+        batch_size=batch_size,
+        sampler=PositionSampler(start_batch * batch_size),
+        num_workers=config.num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if config.num_workers else None,
+    )
+    return iter(loader)
+
+
+def evaluation_batches(
+    paths: Sequence[Path], side: int, batch_size: int, limit: int | None = None
+) -> Iterator[tuple[list[Sample], Batch]]:
+    """Each image once, centre-cropped; broken ones are left out and counted.
+
+    Raises:
+        DataError: a path is missing, or there are no images.
+    """
+    samples = list_samples(paths)[:limit]
+    for start in range(0, len(samples), batch_size):
+        kept, items = [], []
+        chunk = samples[start : start + batch_size]
+        for sample in chunk:
+            try:
+                image = center_crop(decode_image(sample.read()), side)
+            except (DataError, OSError) as exc:
+                logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
+                continue
+            kept.append(sample)
+            items.append((to_tensor(image), -1 if sample.label is None else sample.label, 0))
+        if items:
+            batch = _collate(items)
+            yield kept, Batch(batch.images, batch.labels, len(chunk) - len(kept))
+
+
+def _collate(items: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    images, labels, num_broken = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), sum(num_broken))

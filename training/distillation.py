@@ -1,0 +1,160 @@
+"""Phase 0: pre-train a small encoder where no published weights fit it.
+
+The student learns a classifier's semantics: its class token predicts the teacher's soft labels
+(Hinton et al. 2015), its patch tokens the teacher's feature map by cosine distance. Most steps run at
+a small input, the last ones at the size that is served, as DINOv2 does.
+
+Shape legend: B batch, N tokens, C student width, S side in pixels.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.reference import token_norm
+from model.config import PRESETS, TokenizerConfig
+from model.tokenizer import Tokenizer
+from training.data import Batch, evaluation_batches, random_resized_crop, training_batches
+from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, EfficientNetLite0
+from training.errors import RecipeError
+from training.optimization import (
+    Ema,
+    autocast,
+    clip_gradients,
+    learning_rate_at,
+    make_optimizer,
+    resolve_device,
+    set_learning_rate,
+)
+from training.recipe import DistillationRecipe
+from training.trainer import Task
+
+VALIDATION_LIMIT = 512
+
+
+class Student(nn.Module):
+    """The encoder with the two heads that exist only for distillation."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.encoder = tokenizer.encoder
+        self.eps = tokenizer.config.encoder.layer_norm_eps
+        width = tokenizer.config.encoder.width
+        self.classifier = nn.Linear(width, NUM_CLASSES)
+        self.projector = nn.Linear(width, FEATURE_WIDTH)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, 1000] and feature map [B, 1280, S / patch, S / patch]."""
+        config = self.encoder.config
+        tokens = token_norm(self.encoder.hidden_states(pixels)[-1], self.eps)
+        grid = pixels.shape[-1] // config.patch_size
+        patches = self.projector(tokens[:, config.num_prefix_tokens :])
+        return self.classifier(tokens[:, 0]), patches.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+class DistillationTask(Task):
+    """Trains the encoder of a preset against EfficientNet-Lite0."""
+
+    def __init__(self, recipe: DistillationRecipe) -> None:
+        self.recipe: DistillationRecipe = recipe
+        self.device = resolve_device(recipe.device)
+        torch.manual_seed(recipe.seed)
+        self.tokenizer = Tokenizer(_encoder_only(recipe)).to(self.device)
+        self.tokenizer.decoder.freeze()
+        self.student = Student(self.tokenizer).to(self.device)
+        self.teacher = EfficientNetLite0().to(self.device)
+        self.optimizer = make_optimizer(self.student, recipe.optimizer)
+        self.ema = Ema(self.student, recipe.ema_decay)
+        self.networks = {"teacher": NAME}
+
+    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+        recipe = self.recipe
+        first_final = recipe.num_steps - recipe.final_steps
+        transform = random_resized_crop(recipe.data, recipe.teacher_image_size)
+        if start_step < first_final:
+            stream = training_batches(recipe.data, transform, recipe.batch_size, recipe.seed, start_step)
+            yield from ([batch] for batch in islice(stream, first_final - start_step))
+        transform = random_resized_crop(recipe.data, max(recipe.final_image_size, recipe.teacher_image_size))
+        start = max(0, start_step - first_final)
+        stream = training_batches(recipe.data, transform, recipe.final_batch_size, recipe.seed + 1, start)
+        yield from ([batch] for batch in stream)
+
+    def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
+        recipe = self.recipe
+        learning_rate = learning_rate_at(step, recipe.num_steps, recipe.optimizer)
+        set_learning_rate(self.optimizer, learning_rate)
+        is_final = step >= recipe.num_steps - recipe.final_steps
+        (batch,) = micro_batches
+        images = batch.pixels(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._losses(images, recipe.final_image_size if is_final else recipe.image_size)
+        total = recipe.logits * losses["logits"] + recipe.dense * losses["dense"]
+        total.backward()
+        norm = clip_gradients(self.student, recipe.optimizer.clip_norm)
+        self.optimizer.step()
+        self.ema.update(step)
+        figures = {name: loss.item() for name, loss in losses.items()}
+        return {**figures, "gradient_norm": norm, "learning_rate": learning_rate}
+
+    @torch.no_grad()
+    def evaluate(self, step: int, directory: Path) -> dict[str, float]:
+        """Agreement with the teacher on validation images."""
+        recipe = self.recipe
+        sums: dict[str, float] = {}
+        num_images = 0
+        with self.ema.applied():
+            for _, batch in evaluation_batches(
+                recipe.data.validation, recipe.teacher_image_size, 32, VALIDATION_LIMIT
+            ):
+                figures = self._losses(batch.pixels(self.device), recipe.image_size)
+                for name, value in figures.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)
+                num_images += len(batch.images)
+        return {name: total / num_images for name, total in sums.items()}
+
+    def export(self, path: Path, provenance: dict[str, Any]) -> None:
+        with self.ema.applied():
+            self.tokenizer.save(path, getattr(torch, self.recipe.storage_dtype), provenance)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.shadow,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load(state["ema"])
+
+    def _losses(self, images: Tensor, student_size: int) -> dict[str, Tensor]:
+        recipe = self.recipe
+        with torch.no_grad():
+            target_logits, target_map = self.teacher.classify(_resize(images, recipe.teacher_image_size))
+        decoder = self.tokenizer.decoder
+        pixels = (_resize(images, student_size) - decoder.pixel_mean) / decoder.pixel_std
+        with autocast(self.device, recipe.precision):
+            logits, features = self.student(pixels)
+        pooled = F.adaptive_avg_pool2d(features.float(), target_map.shape[-2:])
+        return {
+            "logits": F.cross_entropy(logits.float(), target_logits.softmax(dim=-1)),
+            "dense": 1 - F.cosine_similarity(pooled, target_map, dim=1).mean(),
+        }
+
+
+def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:
+    if recipe.preset not in PRESETS:
+        raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
+    return PRESETS[recipe.preset].model_copy(update={"fusion": None, "name": f"{recipe.preset}-phase0"})
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)

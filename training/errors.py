@@ -1,0 +1,30 @@
+"""Exceptions of the training package.
+
+::
+
+    TrainingError
+    ├── RecipeError     a recipe file that cannot be read or asks for the impossible
+    ├── DataError       no images, an unreadable folder or shard
+    ├── WeightsError    pretrained weights that a loss needs are absent
+    └── DivergenceError a loss that is no longer finite
+"""
+
+
+class TrainingError(Exception):
+    """Root of every error that training raises for its users."""
+
+
+class RecipeError(TrainingError, ValueError):
+    """A recipe that cannot be read; the message names the file and the field."""
+
+
+class DataError(TrainingError, ValueError):
+    """Images that cannot be used; the message names the folder, shard or member."""
+
+
+class WeightsError(TrainingError):
+    """Pretrained weights that are not there; the message names them and the alternative."""
+
+
+class DivergenceError(TrainingError):
+    """A non-finite loss; the message names the step and the term."""
