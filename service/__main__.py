@@ -1,0 +1,23 @@
+"""``python -m service``: serve with the settings of the environment."""
+
+import sys
+
+from pydantic import ValidationError
+
+from service.server import run
+from service.settings import ENV_PREFIX, Settings
+
+
+def main() -> int:
+    try:
+        settings = Settings()
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        name = "_".join(str(step) for step in first["loc"]).upper()
+        sys.stderr.write(f"drorae: {ENV_PREFIX + name if name else 'settings'}: {first['msg']}\n")
+        return 2
+    return run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Errors of the service and how each one looks to a client.
+
+::
+
+    ServiceError
+    ├── MalformedError          400  not what it claims to be: empty, truncated, not decodable
+    ├── NotFoundError           404  no such path
+    ├── MethodError             405  the path does not take this method
+    ├── NotAcceptableError      406  none of the media types in Accept can be produced
+    ├── TooLargeError           413  too many bytes, pixels or items
+    ├── MediaTypeError          415  a media type that the route does not read
+    ├── UnprocessableError      422  understood, but impossible
+    │   ├── OptionError              an unknown, contradictory or impossible option
+    │   ├── ImageError               an image that cannot be tokenized
+    │   ├── LatentsError             wrong shape, dtype or value
+    │   └── ForeignCheckpointError   latents of another checkpoint
+    ├── QueueFullError          429  try again later
+    ├── InternalError           500  our fault
+    ├── UnavailableError        503  loading, draining, or the model could not be loaded
+    └── DeadlineError           504  the request's time is up
+
+Every one becomes an RFC 9457 problem document in `problem_response`; errors of FastAPI, Starlette
+and the model package are translated here and nowhere else.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from model.errors import ImageError as ModelImageError
+from model.errors import LatentError, ModelError
+from service.context import RequestContext
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:drorae:problem:"
+
+
+class ServiceError(Exception):
+    """Root of the errors that have an HTTP status.
+
+    Args:
+        detail: one sentence for the client: what is wrong and, where it helps, what to do.
+        headers: extra response headers, such as ``Retry-After``.
+    """
+
+    status: ClassVar[int] = 500
+    slug: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+class MalformedError(ServiceError):
+    """The body is not what it claims to be."""
+
+    status, slug, title = 400, "malformed", "Malformed request"
+
+
+class NotFoundError(ServiceError):
+    """There is no such path."""
+
+    status, slug, title = 404, "not-found", "Not found"
+
+
+class MethodError(ServiceError):
+    """The path exists, the method does not."""
+
+    status, slug, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class NotAcceptableError(ServiceError):
+    """Nothing that the client accepts can be produced."""
+
+    status, slug, title = 406, "not-acceptable", "Not acceptable"
+
+
+class TooLargeError(ServiceError):
+    """Too many bytes, pixels or items."""
+
+    status, slug, title = 413, "too-large", "Too large"
+
+
+class MediaTypeError(ServiceError):
+    """The route does not read this media type."""
+
+    status, slug, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class UnprocessableError(ServiceError):
+    """The request is well formed and cannot be honoured."""
+
+    status, slug, title = 422, "unprocessable", "Unprocessable request"
+
+
+class OptionError(UnprocessableError):
+    """An unknown, contradictory or impossible option."""
+
+    slug, title = "invalid-option", "Invalid option"
+
+
+class ImageError(UnprocessableError):
+    """An image that was read and cannot be tokenized."""
+
+    slug, title = "invalid-image", "Invalid image"
+
+
+class LatentsError(UnprocessableError):
+    """Latents of the wrong shape, dtype or value."""
+
+    slug, title = "invalid-latents", "Invalid latents"
+
+
+class ForeignCheckpointError(UnprocessableError):
+    """Latents that another checkpoint made."""
+
+    slug, title = "foreign-checkpoint", "Latents of another checkpoint"
+
+
+class QueueFullError(ServiceError):
+    """The queue holds as many items as it may."""
+
+    status, slug, title = 429, "queue-full", "Queue full"
+
+
+class InternalError(ServiceError):
+    """An error of ours; the log has the details under the request's id."""
+
+
+class UnavailableError(ServiceError):
+    """The model is loading, the service is draining, or the model could not be loaded."""
+
+    status, slug, title = 503, "unavailable", "Service unavailable"
+
+
+class DeadlineError(ServiceError):
+    """The request's deadline passed."""
+
+    status, slug, title = 504, "deadline-passed", "Deadline passed"
+
+
+_FOREIGN_STATUSES: dict[int, type[ServiceError]] = {
+    400: MalformedError,
+    404: NotFoundError,
+    405: MethodError,
+    413: TooLargeError,
+    415: MediaTypeError,
+}
+
+
+def translate(error: Exception) -> ServiceError:
+    """The `ServiceError` for any exception; an unexpected one is logged and becomes a 500."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return OptionError(describe_validation(error.errors()))
+    if isinstance(error, HTTPException):
+        return _from_http_exception(error)
+    if isinstance(error, LatentError):
+        return LatentsError(_sentence(str(error)))
+    if isinstance(error, ModelImageError):
+        return ImageError(_sentence(str(error)))
+    if isinstance(error, ModelError):
+        return UnprocessableError(_sentence(str(error)))
+    logger.error("unexpected error", exc_info=error)
+    return InternalError("The service failed unexpectedly; its log has the details under this request_id.")
+
+
+def describe_validation(errors: Sequence[Any]) -> str:
+    """One sentence for the first of pydantic's errors about query options or a JSON body."""
+    first = errors[0]
+    place, *path = first["loc"]
+    kind = "option" if place == "query" else "field"
+    name = ".".join(str(step) for step in (path or [place]))
+    if first["type"] == "extra_forbidden":
+        return f"Unknown {kind} {name!r}."
+    if first["type"] == "missing":
+        return f"The {kind} {name!r} is missing."
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return _sentence(f"{kind} {name!r}: {message[:1].lower()}{message[1:]}")
+
+
+def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
+    """The problem document of an error."""
+    return {
+        "type": TYPE_PREFIX + error.slug,
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "request_id": request_id,
+    }
+
+
+def problem_response(error: Exception, context: RequestContext) -> JSONResponse:
+    """The response for any exception; notes in ``context`` how the request came out."""
+    known = translate(error)
+    context.outcome = known.slug
+    return JSONResponse(
+        problem(known, context.request_id), known.status, headers=known.headers, media_type=PROBLEM_MEDIA_TYPE
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error that reaches FastAPI a problem document.
+
+    Unexpected exceptions pass through to the outermost middleware, which answers with a 500.
+    """
+
+    def handle(request: Request, error: Exception) -> JSONResponse:
+        return problem_response(error, request.state.context)
+
+    for kind in (ServiceError, ModelError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, handle)
+
+
+def _from_http_exception(error: HTTPException) -> ServiceError:
+    kind = _FOREIGN_STATUSES.get(error.status_code)
+    if kind is None:
+        logger.error("unexpected HTTP status %d from the framework", error.status_code, exc_info=error)
+        return InternalError(
+            "The service failed unexpectedly; its log has the details under this request_id."
+        )
+    details = {
+        NotFoundError: "There is nothing at this path.",
+        MethodError: "This path does not take that method.",
+    }
+    return kind(details.get(kind, _sentence(str(error.detail))), error.headers)
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")

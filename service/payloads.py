@@ -1,0 +1,295 @@
+"""Request bodies to model inputs: which format a body has, and what it holds.
+
+Shape legend: N items, C h w one latent, S image side.
+"""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from model.tokenizer import Tokenizer
+from service import images, tensors
+from service.bodies import MULTIPART, split_multipart
+from service.errors import (
+    ForeignCheckpointError,
+    ImageError,
+    LatentsError,
+    MalformedError,
+    MediaTypeError,
+    OptionError,
+    TooLargeError,
+    describe_validation,
+)
+from service.images import ImageRules
+from service.negotiation import JSON, NPY, RAW, SAFETENSORS
+from service.schemas import DecodeOptions, EncodeOptions, ImagesIn, LatentsIn, ReconstructOptions
+
+ImageOptions = EncodeOptions | ReconstructOptions
+Document = TypeVar("Document", bound=BaseModel)
+
+IMAGE_FILE = "image/*"
+IMAGE_MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff")
+IMAGE_BODY_MEDIA_TYPES = (*IMAGE_MEDIA_TYPES, MULTIPART, JSON, RAW)
+LATENT_BODY_MEDIA_TYPES = (SAFETENSORS, NPY, JSON, RAW)
+
+# What clients send that do not say what they send; the second is curl's default for --data-binary.
+_UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream")
+_PIXEL_SLACK = 1.0
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A body with what its headers say of it; ``media_type`` is empty where they say nothing."""
+
+    data: bytes
+    media_type: str
+    boundary: bytes | None = None
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents [N, C, h, w], float32 and finite, and whether they are normalised per position."""
+
+    latents: Tensor
+    normalized: bool
+
+
+def image_body_kind(payload: Payload, options: ImageOptions) -> str:
+    """Media type that an image body is read as, `IMAGE_FILE` for any image file.
+
+    Raises:
+        MediaTypeError: a type that is not read, or a body whose type shows nowhere.
+        OptionError: ``shape`` with a body that has a shape of its own.
+    """
+    kind = payload.media_type
+    if kind in _UNTYPED:
+        kind = _sniff_image_body(payload.data, options)
+    elif kind in IMAGE_MEDIA_TYPES:
+        kind = IMAGE_FILE
+    elif kind not in IMAGE_BODY_MEDIA_TYPES:
+        raise _unread(kind, IMAGE_BODY_MEDIA_TYPES)
+    _refuse_needless_shape(kind, options.shape)
+    return kind
+
+
+def latent_body_kind(payload: Payload, options: DecodeOptions) -> str:
+    """Media type that a latent body is read as.
+
+    Raises:
+        MediaTypeError: a type that is not read, or a body whose type shows nowhere.
+        OptionError: ``shape`` with a body that has a shape of its own.
+    """
+    kind = payload.media_type
+    if kind in _UNTYPED:
+        kind = _sniff_latent_body(payload.data, options)
+    elif kind not in LATENT_BODY_MEDIA_TYPES:
+        raise _unread(kind, LATENT_BODY_MEDIA_TYPES)
+    _refuse_needless_shape(kind, options.shape)
+    return kind
+
+
+def read_images(
+    payload: Payload, kind: str, options: ImageOptions, rules: ImageRules, max_items: int
+) -> list[Tensor]:
+    """The images of a body, each [3, S, S] float32 in [0, 1].
+
+    Raises:
+        ServiceError: the body cannot be read; the sentence names the image where there are several.
+    """
+    if kind == RAW:
+        return _read_raw_images(payload.data, options, rules, max_items)
+    if kind == MULTIPART:
+        files = split_multipart(payload.data, payload.boundary, max_items)
+    elif kind == JSON:
+        encoded = _parse(ImagesIn, payload.data).images
+        _check_count(len(encoded), max_items)
+        files = [_decode_base64(text, index) for index, text in enumerate(encoded)]
+    else:
+        files = [payload.data]
+    names = [f"image {index}" for index in range(len(files))] if len(files) > 1 else ["the image"]
+    return [images.read_image(file, rules, name) for file, name in zip(files, names, strict=True)]
+
+
+def read_latents(
+    payload: Payload, kind: str, options: DecodeOptions, tokenizer: Tokenizer, max_items: int
+) -> LatentBatch:
+    """The latents of a body, held to the tokenizer's shape and checkpoint.
+
+    Raises:
+        ServiceError: the body cannot be read, or its latents do not belong to this model.
+    """
+    normalized: bool | None = None
+    if kind == SAFETENSORS:
+        latents, metadata = tensors.read_safetensors(payload.data, "latents")
+        normalized = _normalized_flag(metadata.get("normalized"))
+        _check_checkpoint(metadata.get("checkpoint_sha256"), tokenizer)
+    elif kind == NPY:
+        latents = tensors.read_npy(payload.data)
+    elif kind == JSON:
+        document = _parse(LatentsIn, payload.data)
+        normalized = document.normalized
+        _check_checkpoint(document.checkpoint_sha256, tokenizer)
+        latents = _tensor_of_lists(document.latents)
+    else:
+        latents = tensors.read_raw(payload.data, options.shape, options.dtype)
+    if latents.dtype not in tensors.FLOAT_DTYPES:
+        raise LatentsError("Latents are floating-point numbers: float16, bfloat16 or float32.")
+    latents = _as_batch(latents, tokenizer.config.latent_shape)
+    _check_count(len(latents), max_items)
+    bad = tensors.first_non_finite(latents)
+    if bad is not None:
+        raise LatentsError(f"Latent {bad} holds a NaN or infinite value.")
+    return LatentBatch(latents.float(), _agreed_normalization(options.normalize, normalized))
+
+
+def _sniff_image_body(data: bytes, options: ImageOptions) -> str:
+    if options.shape is not None:
+        return RAW
+    if images.sniff(data) is not None:
+        return IMAGE_FILE
+    if data.lstrip()[:1] == b"{":
+        return JSON
+    raise MediaTypeError(
+        f"The body has no Content-Type and is no image in a readable format ({images.READABLE_FORMATS})."
+    )
+
+
+def _sniff_latent_body(data: bytes, options: DecodeOptions) -> str:
+    if options.shape is not None:
+        return RAW
+    if data.startswith(tensors.NPY_MAGIC):
+        return NPY
+    if tensors.looks_like_safetensors(data):
+        return SAFETENSORS
+    if data.lstrip()[:1] == b"{":
+        return JSON
+    raise MediaTypeError(
+        f"The body has no Content-Type and looks like none of {', '.join(LATENT_BODY_MEDIA_TYPES)}; "
+        "raw tensors need the options shape and dtype."
+    )
+
+
+def _unread(media_type: str, readable: Sequence[str]) -> MediaTypeError:
+    return MediaTypeError(
+        f"Content-Type {media_type[:100]!r} is not read here; readable: {', '.join(readable)}."
+    )
+
+
+def _refuse_needless_shape(kind: str, shape: Sequence[int] | None) -> None:
+    if shape is not None and kind != RAW:
+        raise OptionError(
+            f"The option 'shape' describes a raw tensor ({RAW}); this body has a shape of its own."
+        )
+
+
+def _check_count(num_items: int, max_items: int) -> None:
+    if num_items > max_items:
+        raise TooLargeError(f"The request has {num_items} items; at most {max_items} are accepted.")
+
+
+def _parse(document: type[Document], data: bytes) -> Document:
+    try:
+        return document.model_validate_json(data)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise MalformedError(
+                f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}."
+            ) from exc
+        raise OptionError(describe_validation([first])) from exc
+
+
+def _decode_base64(text: str, index: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise MalformedError(f"Image {index} is not standard base64: {exc}.") from exc
+
+
+def _read_raw_images(data: bytes, options: ImageOptions, rules: ImageRules, max_items: int) -> list[Tensor]:
+    batch = tensors.read_raw(data, options.shape, options.dtype)
+    if batch.ndim == 3:
+        batch = batch[None]
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise ImageError(f"Image tensors have shape [N, 3, H, W] or [3, H, W], not {options.shape}.")
+    _check_count(len(batch), max_items)
+    if batch.dtype == torch.uint8:
+        unit = batch.float() / 255
+    else:
+        unit = _unit_range(batch.float(), options.range or "signed")
+    several = len(unit) > 1
+    return [
+        images.read_pixels(pixels, rules, f"image {index}" if several else "the image")
+        for index, pixels in enumerate(unit)
+    ]
+
+
+def _unit_range(batch: Tensor, value_range: str) -> Tensor:
+    """Floating-point pixels [N, 3, H, W] to [0, 1]; a small overshoot, as of a resize, is clamped."""
+    bad = tensors.first_non_finite(batch)
+    if bad is not None:
+        raise ImageError(f"Image {bad} holds a NaN or infinite value.")
+    low, high = (-1.0, 1.0) if value_range == "signed" else (0.0, 1.0)
+    outside = ((batch < low - _PIXEL_SLACK) | (batch > high + _PIXEL_SLACK)).flatten(1).any(dim=1)
+    if outside.any():
+        index = int(outside.nonzero()[0])
+        extreme = batch[index].flatten()[batch[index].abs().argmax()].item()
+        raise ImageError(
+            f"Image {index} has the value {extreme:g}, outside [{low:g}, {high:g}] (range={value_range}): "
+            "pixels of 0 to 255 are sent as uint8."
+        )
+    return ((batch - low) / (high - low)).clamp(0, 1)
+
+
+def _tensor_of_lists(lists: Sequence[object]) -> Tensor:
+    try:
+        array = np.array(lists)
+    except (ValueError, OverflowError) as exc:
+        raise LatentsError("The lists of 'latents' differ in length or depth: they are no tensor.") from exc
+    if array.dtype.kind not in "fiu":
+        raise LatentsError("The lists of 'latents' hold something other than numbers.")
+    with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is refused as such
+        return torch.from_numpy(array.astype(np.float32))
+
+
+def _as_batch(latents: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
+    if tuple(latents.shape) == latent_shape:
+        return latents[None]
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != latent_shape or len(latents) == 0:
+        expected = ", ".join(str(size) for size in latent_shape)
+        raise LatentsError(
+            f"The latents have shape {list(latents.shape)}; this model's are [N, {expected}], N >= 1."
+        )
+    return latents
+
+
+def _normalized_flag(text: str | None) -> bool | None:
+    if text is None:
+        return None
+    if text not in ("true", "false"):
+        raise LatentsError(f"The metadata 'normalized' is {text[:50]!r}; it is 'true' or 'false'.")
+    return text == "true"
+
+
+def _agreed_normalization(option: bool | None, metadata: bool | None) -> bool:
+    if option is not None and metadata is not None and option != metadata:
+        raise OptionError(
+            f"normalize={str(option).lower()} contradicts the latents' own metadata, "
+            f"normalized={str(metadata).lower()}: leave the option out."
+        )
+    return bool(metadata if option is None else option)
+
+
+def _check_checkpoint(sha256: str | None, tokenizer: Tokenizer) -> None:
+    ours = tokenizer.checkpoint.sha256 if tokenizer.checkpoint else None
+    if sha256 is not None and sha256 != ours:
+        raise ForeignCheckpointError(
+            f"The latents are of checkpoint {sha256[:64]!r}; this service has {ours or 'unsaved weights'}."
+        )

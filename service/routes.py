@@ -1,0 +1,246 @@
+"""The routes. Each says what it reads and writes; `Pipeline` does the waiting."""
+
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import torch
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from model.tokenizer import Tokenizer
+from service import openapi
+from service.answers import Origin, latent_dtype, latents_answer, offered_pictures, pictures_answer
+from service.batching import BatchKey, Operation
+from service.context import RequestContext
+from service.engine import EngineState, dtype_name
+from service.errors import OptionError
+from service.images import ImageRules
+from service.metrics import METRICS_MEDIA_TYPE
+from service.negotiation import JSON, LATENT_MEDIA_TYPES, choose
+from service.payloads import image_body_kind, latent_body_kind, read_images, read_latents
+from service.pipeline import Pipeline
+from service.schemas import (
+    CommonOptions,
+    DecodeOptions,
+    EncodeOptions,
+    Health,
+    ImageInOptions,
+    Info,
+    LatentInfo,
+    Limits,
+    PictureOutOptions,
+    ReconstructOptions,
+)
+
+router = APIRouter()
+
+
+def reject_repeated_options(request: Request) -> None:
+    """Refuse an option that is given twice, instead of choosing one of its values.
+
+    Raises:
+        OptionError: names the option; ``shape`` alone may repeat.
+    """
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    for name, count in counts.items():
+        if count > 1 and name != "shape":
+            raise OptionError(f"The option {name!r} is given {count} times.")
+
+
+_ONCE = [Depends(reject_repeated_options)]
+
+
+@router.post("/encode", dependencies=_ONCE, **openapi.ENCODE)
+async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -> Response:
+    """Turn images into latents [N, C, h, w].
+
+    The body is one image file, several as `multipart/form-data` or JSON, or a raw tensor
+    [N, 3, H, W] whose shape and dtype the query names. Images get their EXIF orientation, alpha
+    goes on white, colours become sRGB, animations give their first frame; then the short side is
+    resized and the centre cropped, unless `fit` says otherwise.
+    """
+    pipeline, context = _parts(request)
+    async with pipeline.deadline(context):
+        tokenizer = _admit(pipeline)
+        _check_scaling(options)
+        _check_normalize(options, tokenizer)
+        latent_dtype(options)
+        media_type = choose(options.format, request.headers.get("accept"), LATENT_MEDIA_TYPES)
+        payload = await pipeline.read(request, context)
+        kind = image_body_kind(payload, options)
+        rules, max_items = _image_rules(pipeline, tokenizer, options), pipeline.settings.max_items_per_request
+        with context.measure("parse"):
+            images = await pipeline.in_thread(read_images, payload, kind, options, rules, max_items)
+        key = BatchKey(Operation.ENCODE, options.latent, options.normalize)
+        latents = await pipeline.compute(request, context, key, images)
+        with context.measure("write"):
+            origin = Origin.of(tokenizer)
+            return await pipeline.in_thread(latents_answer, latents, media_type, options, origin)
+
+
+@router.post("/decode", dependencies=_ONCE, **openapi.DECODE)
+async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
+    """Turn latents [N, C, h, w] into pictures.
+
+    One picture comes as an image file, several as a zip of numbered ones; tensor formats give
+    uint8 [N, 3, S, S]. Latents that another checkpoint made are refused where the body tells.
+    """
+    pipeline, context = _parts(request)
+    async with pipeline.deadline(context):
+        tokenizer = _admit(pipeline)
+        _check_scaling(options)
+        _check_picture_size(options, tokenizer)
+        media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
+        payload = await pipeline.read(request, context)
+        kind = latent_body_kind(payload, options)
+        max_items = pipeline.settings.max_items_per_request
+        with context.measure("parse"):
+            batch = await pipeline.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
+        if batch.normalized:
+            _check_statistics(tokenizer)
+        key = BatchKey(Operation.DECODE, normalize=batch.normalized)
+        pictures = await pipeline.compute(request, context, key, batch.latents.unbind())
+        with context.measure("write"):
+            origin = Origin.of(tokenizer)
+            return await pipeline.in_thread(pictures_answer, pictures, media_type, options, origin)
+
+
+@router.post("/reconstruct", dependencies=_ONCE, **openapi.RECONSTRUCT)
+async def reconstruct(request: Request, options: Annotated[ReconstructOptions, Query()]) -> Response:
+    """Encode images and decode the latents again.
+
+    Takes what `/encode` takes and answers as `/decode` does; the JSON answer also has PSNR and
+    SSIM of each picture against the fitted original.
+    """
+    pipeline, context = _parts(request)
+    async with pipeline.deadline(context):
+        tokenizer = _admit(pipeline)
+        _check_scaling(options)
+        _check_picture_size(options, tokenizer)
+        media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
+        payload = await pipeline.read(request, context)
+        kind = image_body_kind(payload, options)
+        rules, max_items = _image_rules(pipeline, tokenizer, options), pipeline.settings.max_items_per_request
+        with context.measure("parse"):
+            images = await pipeline.in_thread(read_images, payload, kind, options, rules, max_items)
+        key = BatchKey(Operation.RECONSTRUCT, options.latent)
+        pictures = await pipeline.compute(request, context, key, images)
+        with context.measure("write"):
+            origin, originals = Origin.of(tokenizer), torch.stack(images)
+            return await pipeline.in_thread(pictures_answer, pictures, media_type, options, origin, originals)
+
+
+@router.get("/info", **openapi.INFO)
+async def info(request: Request) -> Response:
+    """Say which model runs here, how, and within which limits."""
+    pipeline, _ = _parts(request)
+    tokenizer, settings = pipeline.engine.tokenizer, pipeline.settings
+    config, origin = tokenizer.config, Origin.of(tokenizer)
+    document = Info(
+        version=service_version(),
+        model=origin.model,
+        checkpoint_sha256=origin.checkpoint_sha256,
+        image_size=config.image_size,
+        latent=LatentInfo(
+            shape=config.latent_shape,
+            normalization=tokenizer.has_statistics,
+            kinds=["enriched", "base"],
+        ),
+        layers=list(config.fused_layers),
+        num_layers=config.encoder.depth,
+        beta=config.fusion.beta if config.fusion else None,
+        dtype=dtype_name(tokenizer.dtype),
+        device=str(tokenizer.device),
+        kernel_path=tokenizer.fusion_path,
+        limits=Limits(**{name: getattr(settings, name) for name in Limits.model_fields}),
+    )
+    return Response(document.model_dump_json(), media_type=JSON)
+
+
+@router.get("/livez", **openapi.LIVEZ)
+async def livez() -> Response:
+    """Answer as long as the process runs."""
+    return Response(Health(status="alive").model_dump_json(), media_type=JSON)
+
+
+@router.get("/readyz", **openapi.READYZ)
+async def readyz(request: Request) -> Response:
+    """Answer 200 once the model is loaded and warm, 503 before and while draining."""
+    pipeline, _ = _parts(request)
+    if pipeline.engine.state is not EngineState.READY:
+        raise pipeline.engine.unavailable()
+    return Response(Health(status="ready").model_dump_json(), media_type=JSON)
+
+
+@router.get("/metrics", **openapi.METRICS)
+async def metrics(request: Request) -> Response:
+    """Counters and histograms in Prometheus' text format."""
+    pipeline, _ = _parts(request)
+    return Response(pipeline.metrics.render(), headers={"Content-Type": METRICS_MEDIA_TYPE})
+
+
+for _path, _endpoint in (("/info", info), ("/livez", livez), ("/readyz", readyz), ("/metrics", metrics)):
+    router.add_api_route(_path, _endpoint, methods=["HEAD"], include_in_schema=False, response_model=None)
+
+
+def service_version() -> str:
+    """Version of the installed package, or ``0+source`` when run from a source tree alone."""
+    try:
+        return version("drorae")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def _parts(request: Request) -> tuple[Pipeline, RequestContext]:
+    return request.app.state.pipeline, request.state.context
+
+
+def _admit(pipeline: Pipeline) -> Tokenizer:
+    """Refuse before the body is read what could not be worked on anyway."""
+    pipeline.engine.check_ready()
+    return pipeline.engine.tokenizer
+
+
+def _image_rules(pipeline: Pipeline, tokenizer: Tokenizer, options: ImageInOptions) -> ImageRules:
+    settings = pipeline.settings
+    return ImageRules(
+        tokenizer.config.image_size, settings.max_image_pixels, settings.max_aspect_ratio, options.fit
+    )
+
+
+def _check_scaling(options: CommonOptions) -> None:
+    if options.do_scaling:
+        raise OptionError(
+            "The option do_scaling=true is impossible, these latents have no scaling factor: "
+            "pass do_scaling=False (in diffusers, remote_decode(..., do_scaling=False))."
+        )
+    for name, neutral in (("scaling_factor", 1.0), ("shift_factor", 0.0)):
+        value = getattr(options, name)
+        if value is not None and value != neutral:
+            raise OptionError(
+                f"The option {name}={value:g} is impossible, these latents have no scale and no shift: "
+                f"leave it out, or pass do_scaling=False."
+            )
+
+
+def _check_normalize(options: EncodeOptions, tokenizer: Tokenizer) -> None:
+    if not options.normalize:
+        return
+    _check_statistics(tokenizer)
+    if options.latent == "base":
+        raise OptionError("normalize=true needs latent=enriched: the statistics describe enriched latents.")
+
+
+def _check_statistics(tokenizer: Tokenizer) -> None:
+    if not tokenizer.has_statistics:
+        raise OptionError("Latents cannot be normalised: this checkpoint has no latent statistics.")
+
+
+def _check_picture_size(options: PictureOutOptions, tokenizer: Tokenizer) -> None:
+    side = tokenizer.config.image_size
+    for name in ("height", "width"):
+        value = getattr(options, name)
+        if value is not None and value != side:
+            raise OptionError(
+                f"The option {name}={value} is impossible: this model's pictures are {side}x{side}."
+            )

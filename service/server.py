@@ -1,0 +1,115 @@
+"""Running the application: one process, one socket, orderly ends."""
+
+import logging
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.engine import Engine
+from service.settings import Settings, unknown_variables
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_ADDRESS = 1
+EXIT_MODEL = 2
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, except that a signal first closes the engine's door and the exit is then an ordinary one."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.start_draining()
+        super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()  # so that uvicorn does not raise them again once drained
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, which drain requests in flight.
+
+    The address goes to stdout, logs to stderr; what keeps the service from running is one sentence
+    on stderr.
+
+    Returns:
+        Exit status: 0 after an orderly end, 1 when the address cannot be had, 2 when the model
+        cannot be loaded.
+    """
+    _configure_logging(settings.log_level)
+    for name in unknown_variables():
+        logger.warning("the environment variable %s names no setting and is ignored", name)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        return _fail(f"cannot listen on {settings.host}:{settings.port}: {reason}", EXIT_ADDRESS)
+    server: Server | None = None
+
+    def stop() -> None:
+        if server is not None:
+            server.should_exit = True
+
+    app = create_app(settings, on_failure=stop)
+    engine = app.state.pipeline.engine
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )
+    server = Server(config, engine)
+    sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
+    sys.stdout.flush()
+    server.run(sockets=[listener])
+    if engine.failure is not None:
+        return _fail(engine.failure, EXIT_MODEL)
+    return EXIT_OK
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its lifecycle lines say what ours do
+
+
+def _fail(reason: str, status: int) -> int:
+    sys.stderr.write(f"drorae: {reason}\n")
+    return status

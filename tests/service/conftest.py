@@ -1,0 +1,149 @@
+"""A tiny tokenizer, and real servers on real sockets."""
+
+import io
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from model.config import DecoderConfig, EncoderConfig, FusionConfig, TokenizerConfig
+from model.tokenizer import Tokenizer
+from service.app import create_app
+from service.settings import Settings
+
+SIDE = 64
+LATENT_SHAPE = (32, 8, 8)
+
+
+def tiny_config(name: str = "tiny") -> TokenizerConfig:
+    return TokenizerConfig(
+        name=name,
+        image_size=SIDE,
+        encoder=EncoderConfig(
+            width=32, depth=4, num_heads=2, mlp_ratio=2, patch_size=7, image_size=56, position_grid=8
+        ),
+        fusion=FusionConfig(num_layers=3, hidden_width=48, num_heads=2),
+        decoder=DecoderConfig(width=32, depth=2, num_heads=2, mlp_width=64, patch_size=8),
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny tokenizer with random weights and statistics."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(tiny_config())
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    tokenizer.set_statistics(torch.randn(LATENT_SHAPE) * 0.1, torch.rand(LATENT_SHAPE) + 0.5)
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    tokenizer.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def side() -> int:
+    return SIDE
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server in a thread, a client for it, and the application inside."""
+
+    url: str
+    client: httpx.Client
+    app: Any
+
+    @property
+    def engine(self) -> Any:
+        return self.app.state.pipeline.engine
+
+
+Serve = Callable[..., Any]
+
+
+@contextmanager
+def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            client.get("/livez")  # waits in the socket's backlog until the server accepts
+            engine = app.state.pipeline.engine
+            if wait_ready:
+                assert engine.wait_until_settled(30)
+                assert client.get("/readyz").status_code == 200, engine.failure
+            yield RunningServer(url, client, app)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path) -> Iterator[RunningServer]:
+    """The server that most tests share."""
+    with _serve(create_app(Settings(checkpoint=str(checkpoint), max_items_per_request=8))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: RunningServer) -> httpx.Client:
+    return server.client
+
+
+@pytest.fixture(scope="session")
+def serve() -> Serve:
+    """Start a server of one's own: ``with serve(create_app(...)) as running``."""
+    return _serve
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A smooth RGB picture, 96x80, whose corners differ."""
+    y, x = np.mgrid[0:80, 0:96].astype(np.float32)
+    planes = [x / 95 * 255, y / 79 * 255, (np.sin(x / 9) * np.cos(y / 7) + 1) * 127]
+    return Image.fromarray(np.stack(planes, axis=-1).round().astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def png(photo: Image.Image) -> bytes:
+    return encode_picture(photo, "PNG")
+
+
+@pytest.fixture(scope="session")
+def to_file() -> Callable[..., bytes]:
+    """``to_file(picture, "JPEG", quality=90)``."""
+    return encode_picture
+
+
+def encode_picture(picture: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def latents(tokenizer: Tokenizer) -> torch.Tensor:
+    """Three latents [3, 32, 8, 8], as the tokenizer makes them."""
+    generator = torch.Generator().manual_seed(1)
+    return tokenizer.encode(torch.rand((3, 3, SIDE, SIDE), generator=generator))
