@@ -44,7 +44,9 @@ def dinov2_state():
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             state |= _linear(f"{prefix}.attention.{name}", WIDTH, WIDTH)
         state |= _norm(f"{prefix}.norm1") | _norm(f"{prefix}.norm2")
-        state |= _linear(f"{prefix}.mlp.fc1", 4 * WIDTH, WIDTH) | _linear(f"{prefix}.mlp.fc2", WIDTH, 4 * WIDTH)
+        state |= _linear(f"{prefix}.mlp.fc1", 4 * WIDTH, WIDTH) | _linear(
+            f"{prefix}.mlp.fc2", WIDTH, 4 * WIDTH
+        )
         state |= {f"{prefix}.layer_scale{n}.lambda1": torch.randn(WIDTH) for n in (1, 2)}
     return state
 
@@ -147,5 +149,7 @@ def test_no_blocks_at_all(dinov2_state):
 
 def test_query_and_key_of_different_shapes_are_named(dinov2_state):
     dinov2_state["encoder.layer.0.attention.k_proj.weight"] = torch.zeros(4, 4)
-    with pytest.raises(CheckpointError, match=r"'encoder\.layer\.0\.attention\.k_proj\.weight' has shape \[4, 4\]"):
+    with pytest.raises(
+        CheckpointError, match=r"'encoder\.layer\.0\.attention\.k_proj\.weight' has shape \[4, 4\]"
+    ):
         encoder_state_from_transformers(dinov2_state)
