@@ -1,0 +1,1 @@
+"""The ``drorae`` command: thin subcommands over the other packages."""

@@ -1,0 +1,94 @@
+"""Flags made from the service's settings, and the parser that every command shares."""
+
+import argparse
+from collections.abc import Callable, Collection
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from cli.errors import UsageError
+from service.settings import ENV_PREFIX, Settings
+
+# What the commands on files take of the settings: the model, and how much of it at once.
+MODEL_FIELDS = ("checkpoint", "device", "batch_size")
+
+Subparsers = Any  # argparse keeps the class of add_subparsers' result private
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_command(
+    subparsers: Subparsers, name: str, run: Run, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """A subcommand whose help ends in examples.
+
+    Args:
+        subparsers: of the main parser.
+        name: as typed.
+        run: called with the parsed arguments; gives the exit status.
+        summary: one line for the list of commands.
+        description: what it does, for its own help.
+        examples: command lines, one a line.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, fields: Collection[str] | None = None) -> None:
+    """A flag for each setting, or for those in ``fields``, named after it."""
+    group = parser.add_argument_group("settings", "each also as an environment variable; the flag wins")
+    for name, field in Settings.model_fields.items():
+        if fields is not None and name not in fields:
+            continue
+        description = f"{field.description} (default {field.default}; {ENV_PREFIX}{name.upper()})"
+        group.add_argument(
+            _flag(name),
+            dest=f"setting_{name}",
+            default=argparse.SUPPRESS,
+            help=description.replace("%", "%%"),
+            **_kind(name, field),
+        )
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """The settings that flags, environment and defaults give, in that order.
+
+    Raises:
+        UsageError: a value out of bounds; names the flag or the variable.
+    """
+    prefix = "setting_"
+    given = {
+        name.removeprefix(prefix): value for name, value in vars(arguments).items() if name.startswith(prefix)
+    }
+    try:
+        return Settings(**given)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if not first["loc"]:
+            raise UsageError(message) from exc
+        name = str(first["loc"][0])
+        source = _flag(name) if name in given else ENV_PREFIX + name.upper()
+        raise UsageError(f"{source}: {message}, not {first['input']!r}") from exc
+
+
+def _flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _kind(name: str, field: FieldInfo) -> dict[str, Any]:
+    """How argparse shows the value; settings themselves judge it."""
+    if get_origin(field.annotation) is Literal:
+        return {"choices": get_args(field.annotation)}
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if field.annotation is int:
+        return {"metavar": "N"}
+    return {"metavar": "X" if field.annotation is float else name.upper()}

@@ -1,0 +1,33 @@
+"""``drorae serve``: the HTTP service."""
+
+import argparse
+
+from cli.options import Subparsers, add_command, add_settings, read_settings
+
+EXAMPLES = """\
+  drorae serve
+  drorae serve --checkpoint runs/phase3/checkpoint --port 9000
+  DRORAE_DEVICE=cuda DRORAE_DTYPE=bfloat16 drorae serve
+  curl --data-binary @photo.jpg http://127.0.0.1:8000/reconstruct -o out.png
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "serve",
+        run,
+        "serve the tokenizer over HTTP",
+        "Serve a checkpoint over HTTP until interrupted. The API is described at /docs.",
+        EXAMPLES,
+    )
+    add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve; gives the server's exit status."""
+    settings = read_settings(arguments)
+    from service import server  # so that no other command loads the web framework
+
+    return server.run(settings)

@@ -1,0 +1,90 @@
+"""A flag for each setting, and where values come from."""
+
+import pytest
+
+from service.settings import Settings
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The settings that ``serve`` hands to the server, which answers with status 7."""
+    received = []
+
+    def pretend(settings):
+        received.append(settings)
+        return 7
+
+    monkeypatch.setattr("service.server.run", pretend)
+    return received
+
+
+def test_serve_has_a_flag_for_every_setting_with_its_variable_and_default(run):
+    words = " ".join(run("serve", "--help").out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in words
+        assert f"(default {field.default}; DRORAE_{name.upper()})" in words
+        assert field.description in words
+
+
+def test_defaults_and_status_pass_through(run, served):
+    assert run("serve").status == 7
+    assert served == [Settings()]
+
+
+def test_every_flag_reaches_its_setting(run, served):
+    given = {
+        "checkpoint": "somewhere",
+        "device": "cuda:1",
+        "dtype": "bfloat16",
+        "host": "0.0.0.0",
+        "port": 9,
+        "log_level": "debug",
+        "max_body_bytes": 4096,
+        "max_image_pixels": 5,
+        "max_aspect_ratio": 2.5,
+        "max_items_per_request": 3,
+        "queue_limit_items": 4,
+        "request_timeout_s": 1.5,
+        "batch_size": 2,
+        "num_io_threads": 6,
+        "drain_timeout_s": 0.5,
+        "retry_after_s": 8,
+    }
+    assert set(given) == set(Settings.model_fields)
+    flags = [str(part) for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run("serve", *flags)
+    assert served[0].model_dump() == given
+
+
+def test_flags_win_over_the_environment(run, served, monkeypatch):
+    monkeypatch.setenv("DRORAE_PORT", "1234")
+    monkeypatch.setenv("DRORAE_HOST", "::1")
+    run("serve", "--port", "4321")
+    assert (served[0].port, served[0].host) == (4321, "::1")
+
+
+def test_wrong_flag_is_named(refused, served):
+    assert refused("serve", "--port", "70000").startswith("drorae: --port: Input should be less than")
+    assert "--batch-size" in refused("serve", "--batch-size", "many")
+    assert served == []
+
+
+def test_wrong_variable_is_named(refused, served, monkeypatch):
+    monkeypatch.setenv("DRORAE_QUEUE_LIMIT_ITEMS", "-1")
+    assert refused("serve").startswith("drorae: DRORAE_QUEUE_LIMIT_ITEMS: ")
+
+
+def test_wrong_choice_lists_the_choices(run):
+    outcome = run("serve", "--dtype", "int4")
+    assert outcome.status == 2
+    assert "bfloat16" in outcome.err
+
+
+def test_contradicting_settings_name_both(refused, served):
+    message = refused("serve", "--queue-limit-items", "5")
+    assert "max_items_per_request=64 exceeds queue_limit_items=5" in message
+
+
+def test_file_commands_take_the_model_from_the_environment(run, monkeypatch, checkpoint):
+    monkeypatch.setenv("DRORAE_CHECKPOINT", str(checkpoint))
+    assert "tiny" in run("info").out
