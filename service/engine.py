@@ -113,7 +113,7 @@ class ThreadEngine:
         settings: queue limit, batch size.
         metrics: where batches are counted.
         load: gives the tokenizer; called in the engine's thread.
-        on_failure: called in the engine's thread when loading failed.
+        on_failure: called in the engine's thread when loading failed, to tell `failure`; else it is logged.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class ThreadEngine:
     def unavailable(self) -> UnavailableError:
         details = {
             EngineState.LOADING: "The model is still loading.",
-            EngineState.FAILED: f"The model could not be loaded: {self.failure}",
+            EngineState.FAILED: "The model could not be loaded; the service's log says why.",
         }
         detail = details.get(self._state, "The service is draining and takes no new work.")
         return UnavailableError(detail, {"Retry-After": str(self._settings.retry_after_s)})
@@ -213,7 +213,9 @@ class ThreadEngine:
             with self._state_lock:
                 self.failure = str(exc) or type(exc).__name__
                 self._state = EngineState.FAILED
-            if self._on_failure is not None:
+            if self._on_failure is None:
+                logger.error("the model could not be loaded: %s", self.failure)
+            else:
                 self._on_failure()
             return False
         checkpoint = tokenizer.checkpoint

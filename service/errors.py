@@ -24,8 +24,8 @@ and the model package are translated here and nowhere else.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -56,7 +56,7 @@ class ServiceError(Exception):
 
     def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
-        self.detail = detail
+        self.detail = _sentence(detail)
         self.headers = dict(headers or {})
 
 
@@ -162,31 +162,30 @@ def translate(error: Exception) -> ServiceError:
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, RequestValidationError):
-        return OptionError(describe_validation(error.errors()))
+        return OptionError(describe_validation(error.errors()[0], "option"))
     if isinstance(error, HTTPException):
         return _from_http_exception(error)
     if isinstance(error, LatentError):
-        return LatentsError(_sentence(str(error)))
+        return LatentsError(str(error))
     if isinstance(error, ModelImageError):
-        return ImageError(_sentence(str(error)))
+        return ImageError(str(error))
     if isinstance(error, ModelError):
-        return UnprocessableError(_sentence(str(error)))
+        return UnprocessableError(str(error))
     logger.error("unexpected error", exc_info=error)
     return InternalError("The service failed unexpectedly; its log has the details under this request_id.")
 
 
-def describe_validation(errors: Sequence[Any]) -> str:
-    """One sentence for the first of pydantic's errors about query options or a JSON body."""
-    first = errors[0]
-    place, *path = first["loc"]
-    kind = "option" if place == "query" else "field"
-    name = ".".join(str(step) for step in (path or [place]))
-    if first["type"] == "extra_forbidden":
+def describe_validation(error: Mapping[str, Any], kind: Literal["option", "field"]) -> str:
+    """One sentence for one of pydantic's errors, about a query option or a field of a JSON body."""
+    path = error["loc"][1:] if kind == "option" else error["loc"]  # FastAPI puts "query" first
+    name = ".".join(str(step) for step in path)
+    if error["type"] == "extra_forbidden":
         return f"Unknown {kind} {name!r}."
-    if first["type"] == "missing":
+    if error["type"] == "missing":
         return f"The {kind} {name!r} is missing."
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return _sentence(f"{kind} {name!r}: {message[:1].lower()}{message[1:]}")
+    message = str(error["msg"])
+    place = f"{kind} {name!r}" if name else "the JSON document"
+    return f"{place}: {message[:1].lower()}{message[1:]}."
 
 
 def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
@@ -233,7 +232,7 @@ def _from_http_exception(error: HTTPException) -> ServiceError:
         NotFoundError: "There is nothing at this path.",
         MethodError: "This path does not take that method.",
     }
-    return kind(details.get(kind, _sentence(str(error.detail))), error.headers)
+    return kind(details.get(kind, str(error.detail)), error.headers)
 
 
 def _sentence(text: str) -> str:

@@ -57,6 +57,7 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
+_PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
 _WIDE_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr"})
@@ -122,6 +123,8 @@ def read_image(data: bytes, rules: ImageRules, name: str = "the image") -> Tenso
         with _OPENERS[kind](io.BytesIO(data)) as picture:
             _check_size(*picture.size, rules, name)
             picture.load()
+            if kind == "PNG" and _PNG_END not in data:  # Pillow is content with the pixels
+                raise OSError("its end is missing")
             rgb = _to_rgb(_upright(picture), name)
     except Image.DecompressionBombError as exc:  # WebP and tiled TIFF: Pillow looks before we can
         raise TooLargeError(

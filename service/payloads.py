@@ -203,7 +203,7 @@ def _parse(document: type[Document], data: bytes) -> Document:
             raise MalformedError(
                 f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}."
             ) from exc
-        raise OptionError(describe_validation([first])) from exc
+        raise OptionError(describe_validation(first, "field")) from exc
 
 
 def _decode_base64(text: str, index: int) -> bytes:

@@ -28,7 +28,7 @@ class CommonOptions(BaseModel):
     )
     range: RangeName | None = Field(
         None,
-        description="Range of floating-point pixels, in and out: signed [-1, 1] (the default, as in diffusers) "
+        description="Range of floating-point pixels, in and out: signed [-1, 1] (default, as diffusers has) "
         "or unit [0, 1].",
     )
     scaling_factor: float | None = Field(

@@ -66,7 +66,7 @@ def read_npy(data: bytes) -> Tensor:
         shape, fortran_order, dtype = readers[version](stream, max_header_size=_MAX_NPY_HEADER_CHARS)
     except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, EOFError) as exc:
         raise MalformedError("The body is not a readable .npy file: its header is damaged.") from exc
-    if dtype.hasobject or dtype not in (np.dtype(np.float16), np.dtype(np.float32)):
+    if dtype.newbyteorder("=") not in (np.dtype(np.float16), np.dtype(np.float32)):
         raise LatentsError(f"The .npy file has dtype {dtype}; float16 and float32 are read.")
     num_bytes = len(data) - stream.tell()
     expected = math.prod(shape) * dtype.itemsize

@@ -80,7 +80,9 @@ Serve = Callable[..., Any]
 @contextmanager
 def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -147,3 +149,51 @@ def latents(tokenizer: Tokenizer) -> torch.Tensor:
     """Three latents [3, 32, 8, 8], as the tokenizer makes them."""
     generator = torch.Generator().manual_seed(1)
     return tokenizer.encode(torch.rand((3, 3, SIDE, SIDE), generator=generator))
+
+
+class GatedTokenizer:
+    """A tokenizer whose ``encode`` waits at a gate, so that tests decide when the model is busy."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.gate = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.batch_sizes: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, images: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.batch_sizes.append(len(images))
+        self.entered.release()
+        assert self.gate.wait(30)
+        return self._tokenizer.encode(images, **options)
+
+
+@pytest.fixture
+def gated(tokenizer: Tokenizer) -> Iterator[GatedTokenizer]:
+    wrapped = GatedTokenizer(tokenizer)
+    yield wrapped
+    wrapped.gate.set()
+
+
+@pytest.fixture(scope="session")
+def check_problem() -> Callable[..., dict[str, Any]]:
+    return assert_problem
+
+
+def assert_problem(response: httpx.Response, status: int, slug: str, *words: str) -> dict[str, Any]:
+    """The response is a problem document: one sentence that holds the words."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert set(problem) == {"type", "title", "status", "detail", "request_id"}
+    assert problem["type"] == f"urn:drorae:problem:{slug}"
+    assert problem["status"] == status
+    assert problem["request_id"] == response.headers["x-request-id"]
+    detail = problem["detail"]
+    assert detail.endswith(".")
+    assert "\n" not in detail
+    for word in words:
+        assert word in detail, detail
+    return dict(problem)
