@@ -1,4 +1,4 @@
-"""``drorae encode``: photos to a file of latents, the same bytes as the service answers with.
+"""``drorae encode``: photos to a file of latents, just as the service answers them.
 
 Shape legend: N photos, C h w one latent, S image side.
 """
