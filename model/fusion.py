@@ -50,6 +50,11 @@ class ExpertMixer(nn.Module):
         nn.init.zeros_(self.router.weight)
         nn.init.constant_(self.router.bias, num_layers**-0.5)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Output map of the deepest layer's expert, [C, H]."""
+        return self.experts.get_parameter(f"{len(self.experts) - 1}.down.weight")
+
     def route(self, hidden_states: Sequence[Tensor], normalized: Sequence[Tensor]) -> Tensor:
         """Router weights w, [B, N, L]; negative values suppress a layer."""
         seen = normalized if self.config.router_input_norm else hidden_states
@@ -78,6 +83,11 @@ class CrossAttentionMixer(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The output projection, [C, C]."""
+        return self.out.weight
+
     def forward(self, hidden_states: Sequence[Tensor], normalized: Sequence[Tensor]) -> Tensor:
         layers_BNLC = torch.stack(list(normalized), dim=2)
         query = self.query(normalized[-1])[:, :, None].unflatten(-1, (self.num_heads, -1))
@@ -95,6 +105,11 @@ class Fusion(Freezable):
         self.norm_eps = encoder.layer_norm_eps
         mixer = ExpertMixer if config.mixer == "experts" else CrossAttentionMixer
         self.mixer = mixer(encoder.width, config, self.norm_eps)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight nearest the output, at which phase 2 balances the adversarial term."""
+        return self.mixer.last_layer
 
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
         """Enriched latent of every block's patch tokens.

@@ -1,8 +1,9 @@
 """Phase 0: pre-train a small encoder where no published weights fit it.
 
-The student learns a classifier's semantics: its class token predicts the teacher's soft labels
-(Hinton et al. 2015), its patch tokens the teacher's feature map by cosine distance. Most steps run at
-a small input, the last ones at the size that is served, as DINOv2 does.
+The student learns a classifier's semantics: its class and mean patch token predict the teacher's soft
+labels (Hinton et al. 2015), and its patch tokens at a third, two thirds and the whole of its depth the
+teacher's feature maps at strides 8, 16 and 32 (hints, Romero et al. 2015), so that depth means the same
+in both. Most steps run at a small input, the last ones at the size that is served, as DINOv2 does.
 
 Shape legend: B batch, N tokens, C student width, S side in pixels.
 """
@@ -20,7 +21,7 @@ from kernels.reference import token_norm
 from model.config import PRESETS, TokenizerConfig
 from model.tokenizer import Tokenizer
 from training.data import Batch, evaluation_batches, random_resized_crop, training_batches
-from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, EfficientNetLite0
+from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, STAGE_WIDTHS, EfficientNetLite0
 from training.errors import RecipeError
 from training.optimization import (
     Ema,
@@ -34,27 +35,34 @@ from training.optimization import (
 from training.recipe import DistillationRecipe
 from training.trainer import Task
 
-VALIDATION_LIMIT = 512
+VALIDATION_LIMIT = 256
+HINT_WIDTHS = (STAGE_WIDTHS[2], STAGE_WIDTHS[3], FEATURE_WIDTH)
 
 
 class Student(nn.Module):
-    """The encoder with the two heads that exist only for distillation."""
+    """The encoder with the heads that exist only for distillation."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.encoder = tokenizer.encoder
         self.eps = tokenizer.config.encoder.layer_norm_eps
-        width = tokenizer.config.encoder.width
-        self.classifier = nn.Linear(width, NUM_CLASSES)
-        self.projector = nn.Linear(width, FEATURE_WIDTH)
+        config = tokenizer.config.encoder
+        self.hint_blocks = (config.depth // 3 - 1, 2 * config.depth // 3 - 1, config.depth - 1)
+        self.classifier = nn.Linear(2 * config.width, NUM_CLASSES)
+        self.projectors = nn.ModuleList(nn.Linear(config.width, width) for width in HINT_WIDTHS)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, 1000] and feature map [B, 1280, S / patch, S / patch]."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, 1000] and three feature maps [B, C_hint, S / patch, S / patch]."""
         config = self.encoder.config
-        tokens = token_norm(self.encoder.hidden_states(pixels)[-1], self.eps)
         grid = pixels.shape[-1] // config.patch_size
-        patches = self.projector(tokens[:, config.num_prefix_tokens :])
-        return self.classifier(tokens[:, 0]), patches.transpose(1, 2).unflatten(2, (grid, grid))
+        states = [token_norm(state, self.eps) for state in self.encoder.hidden_states(pixels)]
+        prefix = config.num_prefix_tokens
+        maps = [
+            projector(states[block][:, prefix:]).transpose(1, 2).unflatten(2, (grid, grid))
+            for projector, block in zip(self.projectors, self.hint_blocks, strict=True)
+        ]
+        summary = torch.cat([states[-1][:, 0], states[-1][:, prefix:].mean(dim=1)], dim=1)
+        return self.classifier(summary), maps
 
 
 class DistillationTask(Task):
@@ -117,6 +125,9 @@ class DistillationTask(Task):
                 num_images += len(batch.images)
         return {name: total / num_images for name, total in sums.items()}
 
+    def check_invariants(self) -> None:
+        """Nothing is frozen but the teacher, which is not exported."""
+
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         with self.ema.applied():
             self.tokenizer.save(path, getattr(torch, self.recipe.storage_dtype), provenance)
@@ -136,16 +147,26 @@ class DistillationTask(Task):
     def _losses(self, images: Tensor, student_size: int) -> dict[str, Tensor]:
         recipe = self.recipe
         with torch.no_grad():
-            target_logits, target_map = self.teacher.classify(_resize(images, recipe.teacher_image_size))
+            stages = self.teacher.stages(_resize(images, recipe.teacher_image_size))
+            target_logits, head_map = self.teacher.classify(stages)
         decoder = self.tokenizer.decoder
         pixels = (_resize(images, student_size) - decoder.pixel_mean) / decoder.pixel_std
         with autocast(self.device, recipe.precision):
-            logits, features = self.student(pixels)
-        pooled = F.adaptive_avg_pool2d(features.float(), target_map.shape[-2:])
+            logits, maps = self.student(pixels)
+        targets = [stages[2], stages[3], head_map]
+        hints = [_hint_distance(m.float(), target) for m, target in zip(maps, targets, strict=True)]
         return {
             "logits": F.cross_entropy(logits.float(), target_logits.softmax(dim=-1)),
-            "dense": 1 - F.cosine_similarity(pooled, target_map, dim=1).mean(),
+            "dense": torch.stack(hints).mean(),
         }
+
+
+def _hint_distance(features: Tensor, target: Tensor) -> Tensor:
+    """Cosine distance to the target less its batch mean, at the coarser of the two resolutions."""
+    target = target - target.mean(dim=(0, 2, 3), keepdim=True)
+    grid = min(features.shape[-1], target.shape[-1])
+    features, target = (F.adaptive_avg_pool2d(m, grid) for m in (features, target))
+    return 1 - F.cosine_similarity(features, target, dim=1).mean()
 
 
 def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:

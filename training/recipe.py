@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from model.config import FrozenConfig
+from model.config import FrozenConfig, FusionConfig
 from training.errors import RecipeError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -26,7 +26,9 @@ class DataConfig(FrozenConfig):
     resize_short_side: tuple[PositiveInt, PositiveInt] = Field(
         (384, 384), description="Range of the short side before the random crop, pixels (RAE: 384)."
     )
-    crop_area: tuple[float, float] = Field((0.3, 1.0), description="Phase 0: share of the image a crop covers.")
+    crop_area: tuple[float, float] = Field(
+        (0.3, 1.0), description="Phase 0: share of the image a crop covers."
+    )
     flip: bool = Field(True, description="Random horizontal flip.")
     num_workers: NonNegativeInt = Field(1, description="Processes that decode images.")
 
@@ -52,10 +54,13 @@ class LossConfig(FrozenConfig):
         "auto", description="auto: LPIPS (VGG) where its weights are found, else EfficientNet-Lite0."
     )
     perceptual_crop: PositiveInt | None = Field(
-        None, description="Side of the random crop the perceptual term sees, pixels; null for the whole image."
+        None,
+        description="Side of the random crop the perceptual term sees, pixels; null for the whole image.",
     )
     vgg_weights: Path | None = Field(None, description="torchvision's vgg16 state dict, for lpips-vgg.")
-    lpips_weights: Path | None = Field(None, description="LPIPS v0.1 linear heads; null: the lpips package's.")
+    lpips_weights: Path | None = Field(
+        None, description="LPIPS v0.1 linear heads; null: the lpips package's."
+    )
 
 
 class DiscriminatorConfig(FrozenConfig):
@@ -98,7 +103,12 @@ class PhaseRecipe(BaseRecipe):
 
     loss: LossConfig = LossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    noise_tau: float = Field(0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample.")
+    fusion: FusionConfig | None = Field(
+        None, description="Fusion that phase 2 or joint adds; null: preset's."
+    )
+    noise_tau: float = Field(
+        0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample."
+    )
     train_encoder: bool = Field(False, description="Ablation: unfreeze the backbone.")
 
 

@@ -57,10 +57,22 @@ def list_samples(paths: Sequence[Path]) -> list[Sample]:
     Raises:
         DataError: a path is missing or unreadable, or there is no image at all.
     """
-    samples = [sample for path in paths for sample in _list_one(path)]
+    samples = [sample for path in paths for sample in _list_one(expand_path(path))]
     if not samples:
         raise DataError(f"no images in {', '.join(str(path) for path in paths)}")
     return samples
+
+
+def expand_path(path: Path) -> Path:
+    """Replace ``~`` and environment variables such as ``$DRORAE_DATA``.
+
+    Raises:
+        DataError: the variable is not set.
+    """
+    expanded = os.path.expandvars(path.expanduser())
+    if "$" in expanded:
+        raise DataError(f"{path}: set the environment variable that it names")
+    return Path(expanded)
 
 
 def _list_one(path: Path) -> Iterable[Sample]:

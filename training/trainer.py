@@ -56,6 +56,7 @@ class Task(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
 
+    @abstractmethod
     def check_invariants(self) -> None:
         """Called before every export; raises if what must not change has changed."""
 
@@ -87,14 +88,16 @@ class Trainer:
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise TrainingError(
-                    f"no space left under {self.output}; the last whole state is kept: free some and use --resume"
+                    f"no space left under {self.output}; its last state is whole: free some and use --resume"
                 ) from exc
             raise
 
     def _prepare(self, resume: bool) -> int:
         state_file = self.output / STATE_FILE
         if state_file.exists() and not resume:
-            raise TrainingError(f"{self.output} holds a run: continue it with --resume, or choose another --output")
+            raise TrainingError(
+                f"{self.output} holds a run: continue it with --resume, or choose another --output"
+            )
         self.output.mkdir(parents=True, exist_ok=True)
         recipe_text = self.recipe.model_dump_json(indent=2) + "\n"
         (self.output / "recipe.json").write_text(recipe_text, encoding="utf-8")

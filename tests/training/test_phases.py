@@ -1,0 +1,181 @@
+"""The phases end to end on a tiny tokenizer: what they train, what they leave, kill and resume."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.tokenizer import Tokenizer
+from tests.training.conftest import encode_png, make_image
+from training.errors import DataError, RecipeError, TrainingError
+from training.phases import module_sha256
+from training.run import run_phase
+
+
+def parts_of(checkpoint: Path) -> dict[str, str]:
+    tokenizer = Tokenizer.load(checkpoint)
+    parts = {"encoder": tokenizer.encoder, "fusion": tokenizer.fusion, "decoder": tokenizer.decoder}
+    return {name: module_sha256(part) for name, part in parts.items() if part is not None}
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return dict(Tokenizer.load(checkpoint).state_dict())
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_three_phases_train_their_part_and_nothing_else(
+    recipe_file: Path, encoder_checkpoint: Path, tmp_path: Path
+) -> None:
+    previous, seen = encoder_checkpoint, [parts_of(encoder_checkpoint)]
+    for phase in ("phase1", "phase2", "phase3"):
+        output = tmp_path / phase
+        assert run_phase(phase, recipe_file, [f"init={previous}"], output) == 0
+        previous = output / "checkpoint"
+        seen.append(parts_of(previous))
+    assert len({parts["encoder"] for parts in seen}) == 1
+    start, one, two, three = seen
+    assert one["decoder"] != start["decoder"]
+    assert "fusion" not in one
+    assert two["decoder"] == one["decoder"]
+    assert three["decoder"] != two["decoder"]
+    assert three["fusion"] == two["fusion"]
+
+
+def test_run_leaves_logs_grids_provenance_and_statistics(recipe_file: Path, tmp_path: Path) -> None:
+    run_phase("joint", recipe_file, [], tmp_path / "run")
+    log = rows(tmp_path / "run" / "train.csv")
+    assert [int(row["step"]) for row in log] == [1, 2, 3, 4, 5, 6]
+    assert all(float(row["perceptual"]) > 0 for row in log)
+    assert [float(row["discriminator"]) > 0 for row in log] == [False, True, True, True, True, True]
+    assert [float(row["adversarial_weight"]) > 0 for row in log] == [False, False, True, True, True, True]
+    assert [row["step"] for row in rows(tmp_path / "run" / "validation.csv")] == ["3", "6"]
+    assert (tmp_path / "run" / "grids" / "000006.png").read_bytes().startswith(b"\x89PNG")
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert provenance["networks"] == {"perceptual": "efficientnet-lite0", "discriminator": "encoder"}
+    tokenizer = Tokenizer.load(tmp_path / "run" / "checkpoint")
+    assert tokenizer.has_statistics
+    assert tokenizer.checkpoint is not None
+    assert tokenizer.checkpoint.provenance["phase"] == "joint"
+
+
+def test_training_reduces_the_loss(recipe_file: Path, tmp_path: Path) -> None:
+    overrides = ["num_steps=40", "noise_tau=0", "loss.adversarial=0", "optimizer.learning_rate=3e-3"]
+    run_phase("phase1", recipe_file, overrides, tmp_path / "run")
+    l1 = [float(row["l1"]) for row in rows(tmp_path / "run" / "train.csv")]
+    assert sum(l1[-5:]) < 0.8 * sum(l1[:5])
+
+
+def test_killed_run_resumes_to_the_same_weights(recipe_file: Path, tmp_path: Path) -> None:
+    run_phase("joint", recipe_file, [], tmp_path / "whole")
+    killed = tmp_path / "killed"
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from training.phases import ReconstructionTask\n"
+        "from training.run import run_phase\n"
+        "step_once = ReconstructionTask.train_step\n"
+        "def dying(self, step, batches):\n"
+        "    if step == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step_once(self, step, batches)\n"
+        "ReconstructionTask.train_step = dying\n"
+        "run_phase('joint', Path(sys.argv[1]), [], Path(sys.argv[2]))\n"
+    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(recipe_file), str(killed)],
+        env={**os.environ, **threads},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    assert not (killed / "checkpoint").exists()
+    with pytest.raises(TrainingError, match="--resume"):
+        run_phase("joint", recipe_file, [], killed)
+    run_phase("joint", recipe_file, [], killed, resume=True)
+    expected, resumed = weights_of(tmp_path / "whole" / "checkpoint"), weights_of(killed / "checkpoint")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(killed / "train.csv")]
+    assert strip == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / "whole/train.csv")
+    ]
+
+
+def test_changed_frozen_part_is_caught(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.phases import ReconstructionTask
+
+    step_once = ReconstructionTask.train_step
+
+    def meddling(self, step, batches):
+        with torch.no_grad():
+            self.tokenizer.encoder.class_token.add_(1e-3)
+        return step_once(self, step, batches)
+
+    monkeypatch.setattr(ReconstructionTask, "train_step", meddling)
+    with pytest.raises(TrainingError, match="changed the frozen encoder"):
+        run_phase("phase1", recipe_file, [], tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_full_disk_keeps_the_last_state(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_phase("phase1", recipe_file, ["num_steps=2"], tmp_path / "run")
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.trainer.os.fsync", full)
+    with pytest.raises(TrainingError, match="no space left under"):
+        run_phase("phase1", recipe_file, ["num_steps=4"], tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "overrides", "error", "message"),
+    [
+        ("phase3", [], RecipeError, "phase 3 starts from phase 2"),
+        ("phase2", ["fusion=null"], RecipeError, "field 'fusion'"),
+        ("phase1", ["init=null"], RecipeError, "field 'init'"),
+        ("phase1", ["data.validation=[]"], RecipeError, "data.validation"),
+        ("phase1", ["accumulation_steps=3"], RecipeError, "accumulation_steps"),
+        ("phase1", ["data.train=[/nowhere]"], DataError, "/nowhere does not exist"),
+        ("phase1", ["preset=huge"], RecipeError, "field 'preset'"),
+    ],
+)
+def test_impossible_recipes_name_the_field(
+    recipe_file: Path, phase: str, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_phase(phase, recipe_file, overrides)
+
+
+def test_broken_images_are_counted_in_the_log(recipe_file: Path, photos: Path, tmp_path: Path) -> None:
+    data = encode_png(make_image(99))
+    (photos / "broken.png").write_bytes(data[: len(data) // 2])
+    run_phase("phase1", recipe_file, ["num_steps=8"], tmp_path / "run")
+    assert int(rows(tmp_path / "run" / "train.csv")[-1]["num_broken"]) >= 2
+
+
+def test_ablation_that_unfreezes_the_encoder(
+    recipe_file: Path, encoder_checkpoint: Path, tmp_path: Path
+) -> None:
+    run_phase("phase1", recipe_file, ["train_encoder=true"], tmp_path / "run")
+    assert parts_of(tmp_path / "run" / "checkpoint")["encoder"] != parts_of(encoder_checkpoint)["encoder"]

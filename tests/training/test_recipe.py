@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from training.errors import RecipeError
+from training.recipe import PhaseRecipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
+
+
+def test_overrides_reach_nested_fields(recipe_file: Path) -> None:
+    recipe = load_recipe(PhaseRecipe, recipe_file, ["loss.l1=2.5", "optimizer.clip_norm=1", "name=other"])
+    assert (recipe.loss.l1, recipe.optimizer.clip_norm, recipe.name) == (2.5, 1.0, "other")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.l2=1", r"recipe\.yaml: field 'loss\.l2'"),
+        ("batch_size=0", r"recipe\.yaml: field 'batch_size'"),
+        ("name", "not of the form field=value"),
+        ("name.x=1", "'name' is not a section"),
+    ],
+)
+def test_bad_overrides_name_the_field(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(PhaseRecipe, recipe_file, [override])
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [1", "\x00"])
+def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"broken\.yaml"):
+        load_recipe(PhaseRecipe, file, [])
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(PhaseRecipe, tmp_path / "none.yaml", [])
