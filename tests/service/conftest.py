@@ -1,7 +1,6 @@
 """A tiny tokenizer, and real servers on real sockets."""
 
 import io
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from PIL import Image
 from model.config import DecoderConfig, EncoderConfig, FusionConfig, TokenizerConfig
 from model.tokenizer import Tokenizer
 from service.app import create_app
+from service.server import listen
 from service.settings import Settings
 
 SIDE = 64
@@ -79,7 +79,7 @@ Serve = Callable[..., Any]
 
 @contextmanager
 def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
     )

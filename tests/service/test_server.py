@@ -48,6 +48,13 @@ def test_unknown_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("drorae: cannot listen on 256.0.0.1:0: ")
 
 
+def test_connections_send_small_writes_at_once() -> None:
+    with server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert server.run(Settings(port=0, checkpoint=str(tmp_path))) == server.EXIT_MODEL == 2
