@@ -9,6 +9,7 @@ from service.settings import ENV_PREFIX, Settings
 
 
 def main() -> int:
+    """Read the environment and serve; returns the exit status."""
     try:
         settings = Settings()
     except ValidationError as exc:

@@ -46,6 +46,7 @@ class Origin:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Origin":
+        """The origin of what this tokenizer makes."""
         checkpoint = tokenizer.checkpoint
         return cls(tokenizer.config.name, checkpoint.sha256 if checkpoint else None)
 

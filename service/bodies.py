@@ -89,6 +89,7 @@ class _PartReader:
         self._disposition = b""
 
     def callbacks(self) -> "MultipartCallbacks":
+        """What the parser calls."""
         return {
             "on_part_begin": self._begin_part,
             "on_header_field": self._add_header_name,

@@ -41,7 +41,9 @@ class Engine(Protocol):
     """Why the model could not be loaded; None unless it failed."""
 
     @property
-    def state(self) -> EngineState: ...
+    def state(self) -> EngineState:
+        """Where it is in its life."""
+        ...
 
     @property
     def tokenizer(self) -> Tokenizer:

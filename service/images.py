@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -59,6 +59,16 @@ _DECODER_ERRORS = (
 )
 _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an EXIF orientation upright."""
 _WIDE_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
@@ -200,9 +210,8 @@ def _upright(picture: ImageFile.ImageFile) -> Image.Image:
     except _DECODER_ERRORS:
         logger.debug("ignored unreadable EXIF data", exc_info=True)
         return picture
-    if orientation not in range(2, 9):
-        return picture
-    return ImageOps.exif_transpose(picture)
+    transpose = _UPRIGHT.get(orientation)
+    return picture if transpose is None else picture.transpose(transpose)
 
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:

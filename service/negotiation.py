@@ -43,11 +43,13 @@ class MediaRange:
     quality: float
 
     def matches(self, media_type: str) -> bool:
+        """Whether the media type, written without parameters, is in the range."""
         kind, _, subtype = media_type.partition("/")
         return self.kind in ("*", kind) and self.subtype in ("*", subtype)
 
     @property
     def specificity(self) -> int:
+        """0 for ``*/*``, 1 for ``image/*``, 2 for ``image/png``; the most specific entry decides."""
         return (self.kind != "*") + (self.subtype != "*")
 
 

@@ -41,6 +41,7 @@ LATENT_BODY_MEDIA_TYPES = (SAFETENSORS, NPY, JSON, RAW)
 
 # What clients send that do not say what they send; the second is curl's default for --data-binary.
 _UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream")
+_JPEG_ALIAS = "image/jpg"  # no registered type, but widely sent
 _PIXEL_SLACK = 1.0
 
 
@@ -71,7 +72,7 @@ def image_body_kind(payload: Payload, options: ImageOptions) -> str:
     kind = payload.media_type
     if kind in _UNTYPED:
         kind = _sniff_image_body(payload.data, options)
-    elif kind in IMAGE_MEDIA_TYPES:
+    elif kind in IMAGE_MEDIA_TYPES or kind == _JPEG_ALIAS:
         kind = IMAGE_FILE
     elif kind not in IMAGE_BODY_MEDIA_TYPES:
         raise _unread(kind, IMAGE_BODY_MEDIA_TYPES)

@@ -5,7 +5,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import uvicorn
 
@@ -21,18 +20,20 @@ EXIT_MODEL = 2
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, except that a signal first closes the engine's door and the exit is then an ordinary one."""
+    """Uvicorn, except that a shutdown first closes the engine's door, and that a signal ends in an exit."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new work, answer what is in flight, stop."""
         self._engine.start_draining()
-        super().handle_exit(sig, frame)
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Handle SIGTERM and SIGINT for the time of the block."""
         with super().capture_signals():
             try:
                 yield
@@ -71,6 +72,7 @@ def run(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         lifespan="on",
+        ws="none",
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )

@@ -100,6 +100,18 @@ def test_16_bit_grey_with_a_transparent_value() -> None:
     torch.testing.assert_close(pixels[:, 0, -1], torch.full((3,), 40000 / 65535), atol=EXACT, rtol=0)
 
 
+def test_16_bit_colour() -> None:
+    values = np.random.default_rng(2).integers(0, 65536, (SIDE, SIDE, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    )
+    expected = torch.from_numpy(values.astype(np.float32) / 65535).permute(2, 0, 1)
+    assert_pixels(data, expected, atol=1.01 / 255)
+
+
 def test_palette() -> None:
     palette = QUADRANTS.quantize(4)
     assert palette.mode == "P"
@@ -139,7 +151,7 @@ def test_cmyk(kind: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_exif_orientation(orientation: int, kind: str) -> None:
     undo = {
         1: None,
@@ -154,7 +166,9 @@ def test_exif_orientation(orientation: int, kind: str) -> None:
     stored = QUADRANTS if undo is None else QUADRANTS.transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}[kind]
+    options = {"PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "TIFF": {}}[
+        kind
+    ]
     assert_pixels(file_of(stored, kind, exif=exif, **options), expect(QUADRANTS), atol=4 / 255)
 
 
