@@ -25,14 +25,9 @@ from service.schemas import (
 JsonObject = dict[str, Any]
 
 _DOCUMENTS: tuple[type[BaseModel], ...] = (
-    Health,
-    ImagesIn,
-    Info,
-    LatentsIn,
-    LatentsOut,
-    PicturesOut,
-    Problem,
-    ReconstructionsOut,
+    *(Health, Info, Problem),
+    *(ImagesIn, LatentsIn),
+    *(LatentsOut, PicturesOut, ReconstructionsOut),
 )
 _REF_TEMPLATE = "#/components/schemas/{model}"
 _BINARY: JsonObject = {"type": "string", "format": "binary"}

@@ -5,7 +5,7 @@ Shape legend: N items, C h w one latent, S image side.
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,7 +29,14 @@ from service.errors import (
 )
 from service.images import ImageRules
 from service.negotiation import JSON, NPY, RAW, SAFETENSORS
-from service.schemas import DecodeOptions, EncodeOptions, ImagesIn, LatentsIn, ReconstructOptions
+from service.schemas import (
+    CommonOptions,
+    DecodeOptions,
+    EncodeOptions,
+    ImagesIn,
+    LatentsIn,
+    ReconstructOptions,
+)
 
 ImageOptions = EncodeOptions | ReconstructOptions
 Document = TypeVar("Document", bound=BaseModel)
@@ -69,15 +76,8 @@ def image_body_kind(payload: Payload, options: ImageOptions) -> str:
         MediaTypeError: a type that is not read, or a body whose type shows nowhere.
         OptionError: ``shape`` with a body that has a shape of its own.
     """
-    kind = payload.media_type
-    if kind in _UNTYPED:
-        kind = _sniff_image_body(payload.data, options)
-    elif kind in IMAGE_MEDIA_TYPES or kind == _JPEG_ALIAS:
-        kind = IMAGE_FILE
-    elif kind not in IMAGE_BODY_MEDIA_TYPES:
-        raise _unread(kind, IMAGE_BODY_MEDIA_TYPES)
-    _refuse_needless_shape(kind, options.shape)
-    return kind
+    kind = _body_kind(payload, options, (*IMAGE_BODY_MEDIA_TYPES, _JPEG_ALIAS), _sniff_image_body)
+    return IMAGE_FILE if kind.startswith("image/") else kind
 
 
 def latent_body_kind(payload: Payload, options: DecodeOptions) -> str:
@@ -87,13 +87,7 @@ def latent_body_kind(payload: Payload, options: DecodeOptions) -> str:
         MediaTypeError: a type that is not read, or a body whose type shows nowhere.
         OptionError: ``shape`` with a body that has a shape of its own.
     """
-    kind = payload.media_type
-    if kind in _UNTYPED:
-        kind = _sniff_latent_body(payload.data, options)
-    elif kind not in LATENT_BODY_MEDIA_TYPES:
-        raise _unread(kind, LATENT_BODY_MEDIA_TYPES)
-    _refuse_needless_shape(kind, options.shape)
-    return kind
+    return _body_kind(payload, options, LATENT_BODY_MEDIA_TYPES, _sniff_latent_body)
 
 
 def read_images(
@@ -150,44 +144,48 @@ def read_latents(
     return LatentBatch(latents.float(), _agreed_normalization(options.normalize, normalized))
 
 
-def _sniff_image_body(data: bytes, options: ImageOptions) -> str:
-    if options.shape is not None:
-        return RAW
+def _body_kind(
+    payload: Payload,
+    options: CommonOptions,
+    readable: Sequence[str],
+    sniff: Callable[[bytes], str | None],
+) -> str:
+    kind = payload.media_type
+    if kind in _UNTYPED:
+        sniffed = RAW if options.shape is not None else sniff(payload.data)
+        if sniffed is None:
+            raise MediaTypeError(
+                f"The body has no Content-Type and looks like none of {', '.join(readable)}; "
+                "raw tensors need the options shape and dtype."
+            )
+        return sniffed
+    if kind not in readable:
+        raise MediaTypeError(
+            f"Content-Type {kind[:100]!r} is not read here; readable: {', '.join(readable)}."
+        )
+    if options.shape is not None and kind != RAW:
+        raise OptionError(
+            f"The option 'shape' describes a raw tensor ({RAW}); this body has a shape of its own."
+        )
+    return kind
+
+
+def _sniff_image_body(data: bytes) -> str | None:
     if images.sniff(data) is not None:
         return IMAGE_FILE
-    if data.lstrip()[:1] == b"{":
-        return JSON
-    raise MediaTypeError(
-        f"The body has no Content-Type and is no image in a readable format ({images.READABLE_FORMATS})."
-    )
+    return JSON if _looks_like_json(data) else None
 
 
-def _sniff_latent_body(data: bytes, options: DecodeOptions) -> str:
-    if options.shape is not None:
-        return RAW
+def _sniff_latent_body(data: bytes) -> str | None:
     if data.startswith(tensors.NPY_MAGIC):
         return NPY
     if tensors.looks_like_safetensors(data):
         return SAFETENSORS
-    if data.lstrip()[:1] == b"{":
-        return JSON
-    raise MediaTypeError(
-        f"The body has no Content-Type and looks like none of {', '.join(LATENT_BODY_MEDIA_TYPES)}; "
-        "raw tensors need the options shape and dtype."
-    )
+    return JSON if _looks_like_json(data) else None
 
 
-def _unread(media_type: str, readable: Sequence[str]) -> MediaTypeError:
-    return MediaTypeError(
-        f"Content-Type {media_type[:100]!r} is not read here; readable: {', '.join(readable)}."
-    )
-
-
-def _refuse_needless_shape(kind: str, shape: Sequence[int] | None) -> None:
-    if shape is not None and kind != RAW:
-        raise OptionError(
-            f"The option 'shape' describes a raw tensor ({RAW}); this body has a shape of its own."
-        )
+def _looks_like_json(data: bytes) -> bool:
+    return data.lstrip()[:1] == b"{"
 
 
 def _check_count(num_items: int, max_items: int) -> None:

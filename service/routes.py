@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 from fastapi import APIRouter, Depends, Query, Request, Response
+from torch import Tensor
 
 from model.tokenizer import Tokenizer
 from service import openapi
@@ -24,7 +25,6 @@ from service.schemas import (
     DecodeOptions,
     EncodeOptions,
     Health,
-    ImageInOptions,
     Info,
     LatentInfo,
     Limits,
@@ -55,7 +55,8 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
     """Turn images into latents [N, C, h, w].
 
     The body is one image file, several as `multipart/form-data` or JSON, or a raw tensor
-    [N, 3, H, W] whose shape and dtype the query names. Images get their EXIF orientation, alpha
+    [N, 3, H, W] whose shape and dtype the query names: uint8, or floating point in [-1, 1] unless
+    `range=unit`; the answer then has the body's dtype where that is a float. Images get their EXIF orientation, alpha
     goes on white, colours become sRGB, animations give their first frame; then the short side is
     resized and the centre cropped, unless `fit` says otherwise.
     """
@@ -66,11 +67,7 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
         _check_normalize(options, tokenizer)
         latent_dtype(options)
         media_type = choose(options.format, request.headers.get("accept"), LATENT_MEDIA_TYPES)
-        payload = await pipeline.read(request, context)
-        kind = image_body_kind(payload, options)
-        rules, max_items = _image_rules(pipeline, tokenizer, options), pipeline.settings.max_items_per_request
-        with context.measure("parse"):
-            images = await pipeline.in_thread(read_images, payload, kind, options, rules, max_items)
+        images = await _read_images(request, pipeline, tokenizer, options)
         key = BatchKey(Operation.ENCODE, options.latent, options.normalize)
         latents = await pipeline.compute(request, context, key, images)
         with context.measure("write"):
@@ -118,11 +115,7 @@ async def reconstruct(request: Request, options: Annotated[ReconstructOptions, Q
         _check_scaling(options)
         _check_picture_size(options, tokenizer)
         media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
-        payload = await pipeline.read(request, context)
-        kind = image_body_kind(payload, options)
-        rules, max_items = _image_rules(pipeline, tokenizer, options), pipeline.settings.max_items_per_request
-        with context.measure("parse"):
-            images = await pipeline.in_thread(read_images, payload, kind, options, rules, max_items)
+        images = await _read_images(request, pipeline, tokenizer, options)
         key = BatchKey(Operation.RECONSTRUCT, options.latent)
         pictures = await pipeline.compute(request, context, key, images)
         with context.measure("write"):
@@ -201,11 +194,20 @@ def _admit(pipeline: Pipeline) -> Tokenizer:
     return pipeline.engine.tokenizer
 
 
-def _image_rules(pipeline: Pipeline, tokenizer: Tokenizer, options: ImageInOptions) -> ImageRules:
-    settings = pipeline.settings
-    return ImageRules(
+async def _read_images(
+    request: Request, pipeline: Pipeline, tokenizer: Tokenizer, options: EncodeOptions | ReconstructOptions
+) -> list[Tensor]:
+    """The images of the body, each [3, S, S] in [0, 1]."""
+    context, settings = request.state.context, pipeline.settings
+    payload = await pipeline.read(request, context)
+    kind = image_body_kind(payload, options)
+    rules = ImageRules(
         tokenizer.config.image_size, settings.max_image_pixels, settings.max_aspect_ratio, options.fit
     )
+    with context.measure("parse"):
+        return await pipeline.in_thread(
+            read_images, payload, kind, options, rules, settings.max_items_per_request
+        )
 
 
 def _check_scaling(options: CommonOptions) -> None:

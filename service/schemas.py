@@ -17,6 +17,8 @@ Shape = Annotated[
     Field(min_length=1, max_length=8),
 ]
 
+Base64Text = Annotated[str, Field(json_schema_extra={"format": "byte", "contentEncoding": "base64"})]
+
 
 class CommonOptions(BaseModel):
     """Options of every route that takes a body."""
@@ -32,12 +34,18 @@ class CommonOptions(BaseModel):
         "or unit [0, 1].",
     )
     scaling_factor: float | None = Field(
-        None, description="Sent by diffusers; only 1 is possible, the latents have no other scale."
+        None,
+        json_schema_extra={"enum": [1.0]},
+        description="Sent by diffusers; only 1 is possible, the latents have no other scale.",
     )
     shift_factor: float | None = Field(
-        None, description="Sent by diffusers; only 0 is possible, the latents have no shift."
+        None,
+        json_schema_extra={"enum": [0.0]},
+        description="Sent by diffusers; only 0 is possible, the latents have no shift.",
     )
-    do_scaling: bool | None = Field(None, description="Sent by diffusers; only false is possible.")
+    do_scaling: bool | None = Field(
+        None, json_schema_extra={"enum": [False]}, description="Sent by diffusers; only false is possible."
+    )
 
 
 class ImageInOptions(CommonOptions):
@@ -122,7 +130,9 @@ class _Document(BaseModel):
 class ImagesIn(_Document):
     """Images as JSON."""
 
-    images: list[str] = Field(min_length=1, description="Image files, each in standard base64 with padding.")
+    images: list[Base64Text] = Field(
+        min_length=1, description="Image files, each in standard base64 with padding."
+    )
 
 
 class LatentsIn(_Document):
@@ -159,7 +169,7 @@ class PicturesOut(_Document):
     model: str = Field(description="Name of the model that made them.")
     checkpoint_sha256: str | None = Field(description="The checkpoint that made them.")
     image_format: Literal["png", "jpeg"] = Field(description="Format of the images.")
-    images: list[str] = Field(description="Image files in base64, in the order of the request.")
+    images: list[Base64Text] = Field(description="Image files in base64, in the order of the request.")
 
 
 class ReconstructionsOut(PicturesOut):

@@ -119,6 +119,7 @@ def _configure_logging(level: str) -> None:
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its lifecycle lines say what ours do
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients' mistakes, told to them
 
 
 def _fail(reason: str, status: int) -> int:

@@ -46,6 +46,13 @@ def test_posts_document_options_bodies_and_answers(document: dict[str, Any], pat
             assert schema == {"$ref": "#/components/schemas/Problem"}
 
 
+def test_options_with_one_possible_value_say_so(document: dict[str, Any]) -> None:
+    parameters = document["paths"]["/decode"]["post"]["parameters"]
+    schemas_by_name = {parameter["name"]: parameter["schema"] for parameter in parameters}
+    for name, only in (("do_scaling", False), ("scaling_factor", 1.0), ("shift_factor", 0.0)):
+        assert schemas_by_name[name]["enum"] == [only]
+
+
 @pytest.mark.parametrize("path", POSTS)
 def test_documented_bodies_are_read(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     """No documented media type is refused as one."""
