@@ -5,6 +5,7 @@ Shape legend: B batch, C channels of a stage.
 
 import importlib.util
 import logging
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def _unit(features: Tensor) -> Tensor:
 def read_weights(file: Path) -> Mapping[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as exc:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
         raise WeightsError(f"{file}: not a readable state dict") from exc
     if not isinstance(weights, Mapping):
         raise WeightsError(f"{file}: not a state dict")

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -80,9 +81,9 @@ class Trainer:
         Raises:
             TrainingError: bad data, divergence, a full disk, or an output that holds another run.
         """
-        start_step = self._prepare(resume)
-        self.started = time.monotonic()
         try:
+            start_step = self._prepare(resume)
+            self.started = time.monotonic()
             self._train(start_step)
             return self._finish()
         except OSError as exc:
@@ -113,7 +114,7 @@ class Trainer:
             self.num_broken = int(state["num_broken"])
             self.seconds_before = float(state["seconds"])
             self.task.load_state_dict(state["task"])
-        except (RuntimeError, KeyError, ValueError, EOFError) as exc:
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
             raise TrainingError(f"{state_file}: not a state of this recipe: {exc}") from exc
         _keep_rows(self.output, last_step=step - 1)
         logger.info("resumed %s at step %d", self.output, step)
