@@ -56,9 +56,9 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
 
     The body is one image file, several as `multipart/form-data` or JSON, or a raw tensor
     [N, 3, H, W] whose shape and dtype the query names: uint8, or floating point in [-1, 1] unless
-    `range=unit`; the answer then has the body's dtype where that is a float. Images get their EXIF orientation, alpha
-    goes on white, colours become sRGB, animations give their first frame; then the short side is
-    resized and the centre cropped, unless `fit` says otherwise.
+    `range=unit`; the answer then has the body's dtype where that is a float. Images get their EXIF
+    orientation, alpha goes on white, colours become sRGB, animations give their first frame; then
+    the short side is resized and the centre cropped, unless `fit` says otherwise.
     """
     pipeline, context = _parts(request)
     async with pipeline.deadline(context):
