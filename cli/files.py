@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli.errors import CommandError, UsageError, os_error_sentence
+from model.pictures import Fit
 from service.errors import ServiceError
-from service.images import Fit, ImageRules, PictureFormat, read_image, write_picture
+from service.images import ImageRules, PictureFormat, read_image, write_picture
 from service.settings import Settings
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})

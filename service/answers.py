@@ -17,11 +17,12 @@ from fastapi import Response
 from torch import Tensor
 
 from model.metrics import psnr, ssim
+from model.pictures import to_bytes
 from model.tokenizer import Tokenizer
 from service import tensors
 from service.engine import dtype_name
 from service.errors import OptionError
-from service.images import PictureFormat, to_bytes, write_picture
+from service.images import PictureFormat, write_picture
 from service.negotiation import JPEG, JSON, NPY, PICTURE_MEDIA_TYPES, PNG, RAW, SAFETENSORS, WEBP, ZIP
 from service.schemas import (
     EncodeOptions,

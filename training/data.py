@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from model.pictures import DECODER_ERRORS, fit_picture, to_srgb, upright
 from training.errors import DataError
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
@@ -46,7 +47,7 @@ class Batch:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode to RGB with EXIF orientation applied, alpha on white.
+    """Decode to RGB as the service does (`model.pictures`).
 
     Raises:
         DataError: not an image, truncated, or larger than 64 megapixels.
@@ -57,12 +58,11 @@ def decode_image(data: bytes) -> Image.Image:
             image: Image.Image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
+            image.load()
+            return to_srgb(upright(image))
+    except DataError:
+        raise
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as exc:
         raise DataError(f"not a readable image: {exc}") from exc
 
 
@@ -76,12 +76,6 @@ def resize_short_side(image: Image.Image, side: int) -> Image.Image:
 def crop_at(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
     """The square of ``side`` pixels at (left, top)."""
     return image.crop((left, top, left + side, top + side))
-
-
-def center_crop(image: Image.Image, side: int) -> Image.Image:
-    """Short side to ``side``, then the central square: the geometry of evaluation and of the service."""
-    image = resize_short_side(image, side)
-    return crop_at(image, (image.width - side) // 2, (image.height - side) // 2, side)
 
 
 def random_crop(config: DataConfig, side: int) -> Transform:
@@ -203,7 +197,7 @@ def evaluation_batches(
         chunk = samples[start : start + batch_size]
         for sample in chunk:
             try:
-                image = center_crop(decode_image(sample.read()), side)
+                image = fit_picture(decode_image(sample.read()), side)
             except (DataError, OSError) as exc:
                 logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
                 continue

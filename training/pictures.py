@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from model.pictures import to_bytes
 
 GAP = 4
 LABEL_HEIGHT = 18
@@ -33,8 +34,8 @@ def reconstruction_grid(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] to an 8-bit RGB image, rounded."""
-    values = (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy()))
+    values = to_bytes(pixels.detach().float().cpu())
+    return Image.fromarray(np.ascontiguousarray(values.permute(1, 2, 0).numpy()))
 
 
 def save_image(image: Image.Image, file: Path) -> None:

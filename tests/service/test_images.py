@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from model.pictures import to_bytes
 from service.errors import ImageError, MalformedError, TooLargeError
-from service.images import ImageRules, read_image, read_pixels, sniff, to_bytes, write_picture
+from service.images import ImageRules, read_image, read_pixels, sniff, write_picture
 
 SIDE = 64
 RULES = ImageRules(side=SIDE, max_pixels=1_000_000, max_aspect_ratio=20)

@@ -10,8 +10,9 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 from torch import Tensor
 
+from model.pictures import to_bytes
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image, to_bytes
+from service.images import ImageRules, read_image
 
 SIDE = 64
 

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from model.metrics import psnr, ssim
+from model.pictures import to_bytes
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image, to_bytes
+from service.images import ImageRules, read_image
 from service.tensors import DTYPES
 
 SIDE = 64

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from model.pictures import fit_picture
 from tests.training.conftest import make_image
 from training.data import (
-    center_crop,
     decode_image,
     evaluation_batches,
     random_crop,
@@ -42,7 +42,7 @@ def test_workers_do_not_change_the_stream(photos: Path) -> None:
 
 def test_every_epoch_visits_every_image_once(photos: Path) -> None:
     data = DataConfig(train=[photos], resize_short_side=(32, 32), flip=False, num_workers=0)
-    stream = training_batches(data, lambda image, rng: center_crop(image, 32), 12, seed=0, start_batch=0)
+    stream = training_batches(data, lambda image, rng: fit_picture(image, 32), 12, seed=0, start_batch=0)
     epochs = [{image.numpy().tobytes() for image in next(stream).images} for _ in range(2)]
     assert len(epochs[0]) == 12
     assert epochs[0] == epochs[1]
@@ -74,7 +74,6 @@ def test_crops_have_the_size_asked_for(size: tuple[int, int]) -> None:
     image = make_image(0, size)
     for transform in (random_crop(data, 32), random_resized_crop(data, 32)):
         assert transform(image, rng).size == (32, 32)
-    assert center_crop(image, 32).size == (32, 32)
 
 
 def test_decoding_applies_exif_orientation_and_composites_alpha() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from model.metrics import psnr, ssim
+from model.pictures import fit_picture, to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, encode_png, make_image, write_shard
-from training.data import center_crop, decode_image, to_tensor
+from training.data import decode_image
 from training.errors import DataError
 from training.evaluate import evaluate_command, evaluate_tokenizer
 from training.pictures import reconstruction_grid, to_image
@@ -26,7 +27,7 @@ def tokenizer() -> Tokenizer:
 
 def fitted(photos: Path) -> torch.Tensor:
     files = sorted(photos.glob("*.png"))
-    return torch.stack([to_tensor(center_crop(decode_image(f.read_bytes()), 32)) for f in files]) / 255
+    return torch.stack([to_tensor(fit_picture(decode_image(f.read_bytes()), 32)) for f in files])
 
 
 def test_evaluation_is_the_mean_over_images(tokenizer: Tokenizer, photos: Path) -> None:

@@ -1,0 +1,145 @@
+"""Pictures and tensors: the one place that decides what pixels a picture has and how it is fitted.
+
+Service, command line and training all bring a decoded picture to the model's square through here:
+EXIF orientation applied, colours converted to sRGB by the embedded ICC profile where there is one,
+alpha composited on white, antialiased bicubic resize, then a crop, padding or nothing.
+"""
+
+import io
+import logging
+import struct
+import zlib
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms
+from torch import Tensor
+
+from model.errors import ImageError
+
+logger = logging.getLogger(__name__)
+
+Fit = Literal["crop", "pad", "stretch"]
+
+# What Pillow's decoders are known to raise on damaged files.
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an EXIF orientation upright."""
+_WIDE_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+_PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr"})
+_ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+_WHITE = (255, 255, 255)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The first frame with EXIF orientation applied; unreadable EXIF counts as none."""
+    try:
+        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except DECODER_ERRORS:
+        logger.debug("ignored unreadable EXIF data", exc_info=True)
+        return picture
+    transpose = _UPRIGHT.get(orientation)
+    return picture if transpose is None else picture.transpose(transpose)
+
+
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """Any picture to 8-bit sRGB, its transparent parts on white.
+
+    Raises:
+        ImageError: pixels of a type that has no defined colours, such as 32-bit integers.
+    """
+    profile = picture.info.get("icc_profile")
+    transparency = picture.info.get("transparency")
+    if picture.mode in _WIDE_MODES:
+        picture, transparency = _narrow(picture, transparency)
+    if picture.mode in _ALPHA_MODES or transparency is not None:
+        colour_mode = "L" if picture.mode in ("L", "LA") else "RGB"  # a grey profile wants grey pixels
+        picture = picture.convert("RGBA")
+        colours = _apply_profile(picture.convert(colour_mode), profile)
+        on_white = Image.new("RGB", picture.size, _WHITE)
+        on_white.paste(colours, mask=picture.getchannel("A"))
+        return on_white
+    if picture.mode not in _PLAIN_MODES:
+        raise ImageError(f"has pixels of type {picture.mode!r}, whose colours are not defined")
+    if picture.mode in ("1", "P", "YCbCr"):
+        picture = picture.convert("RGB")
+    return _apply_profile(picture, profile)
+
+
+def _narrow(picture: Image.Image, transparency: object) -> tuple[Image.Image, None]:
+    """16-bit grey to 8 bits, scaled (Pillow's own conversion clips); the transparent grey becomes white."""
+    values = np.asarray(picture).astype(np.float32)
+    grey = np.clip(values / 257.0, 0, 255).round().astype(np.uint8)
+    if isinstance(transparency, int):
+        grey[values == transparency] = 255
+    return Image.fromarray(grey), None
+
+
+def _apply_profile(picture: Image.Image, profile: object) -> Image.Image:
+    """Colours to sRGB by the embedded profile; a profile that is broken or of another kind is ignored."""
+    if isinstance(profile, bytes) and profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(picture, source, _SRGB, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            logger.debug("ignored an unusable ICC profile", exc_info=True)
+        else:
+            assert converted is not None
+            return converted
+    return picture.convert("RGB")
+
+
+def fit_picture(picture: Image.Image, side: int, fit: Fit = "crop") -> Image.Image:
+    """An RGB picture to [S, S]: antialiased bicubic resize, then a centred crop or padding with white."""
+    size = fitted_size(*picture.size, side, fit)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    if fit == "pad":
+        padded = Image.new("RGB", (side, side), _WHITE)
+        padded.paste(picture, (-left, -top))
+        return padded
+    if size == (side, side):
+        return picture
+    return picture.crop((left, top, left + side, top + side))
+
+
+def fitted_size(width: int, height: int, side: int, fit: Fit) -> tuple[int, int]:
+    """Width and height after the resize and before the crop or the padding."""
+    if fit == "stretch":
+        return side, side
+    scale = side / (min if fit == "crop" else max)(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture to [3, H, W] float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255).contiguous()
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """[..., 3, H, W] in [0, 1] to uint8, rounded."""
+    return pixels.mul(255).round().clamp(0, 255).to(torch.uint8)
