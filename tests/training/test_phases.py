@@ -185,3 +185,18 @@ def test_ablation_that_unfreezes_the_encoder(
 ) -> None:
     run_phase("phase1", recipe_file, ["train_encoder=true"], tmp_path / "run")
     assert parts_of(tmp_path / "run" / "checkpoint")["encoder"] != parts_of(encoder_checkpoint)["encoder"]
+
+
+def test_accumulated_micro_batches_equal_one_batch(recipe_file: Path, tmp_path: Path) -> None:
+    plain = ["noise_tau=0", "loss.adversarial=0", "loss.perceptual=0", "num_steps=3"]
+    for steps in (1, 4):
+        run_phase("joint", recipe_file, [*plain, f"accumulation_steps={steps}"], tmp_path / str(steps))
+    whole, parts = (weights_of(tmp_path / str(steps) / "checkpoint") for steps in (1, 4))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision_trains_float32_weights(recipe_file: Path, tmp_path: Path) -> None:
+    run_phase("joint", recipe_file, ["precision=bfloat16", "num_steps=3"], tmp_path / "run")
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "run" / "checkpoint").values()} == {torch.float32}
+    assert all(float(row["l1"]) < 1 for row in rows(tmp_path / "run" / "train.csv"))
