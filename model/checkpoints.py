@@ -82,12 +82,12 @@ def resolve_checkpoint(source: str | Path) -> Path:
         CheckpointError: neither; the message says what was looked for.
     """
     path = Path(source)
+    bundled = BUNDLED_DIRECTORY / str(source)
+    if str(source) in PRESETS and bundled.is_dir():  # a folder of that name is "./mini"
+        return bundled
     if path.is_dir():
         return path
-    bundled = BUNDLED_DIRECTORY / str(source)
     if str(source) in PRESETS:
-        if bundled.is_dir():
-            return bundled
         raise CheckpointError(f"preset {str(source)!r} has no bundled weights: give a checkpoint directory")
     if path.is_file():
         raise CheckpointError(f"{path} is a file: a checkpoint is a directory with {CONFIG_FILE}")

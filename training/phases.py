@@ -81,6 +81,7 @@ class ReconstructionTask(Task):
             "perceptual": self.perceptual.name,
             "discriminator": self.discriminator.backbone.name,
         }
+        self.recipe = _with_networks(recipe, self.networks)
         self.frozen_digests = self._digests()
         logger.info("%s trains %s; networks: %s", phase, ", ".join(sorted(self.trained_parts)), self.networks)
 
@@ -269,6 +270,13 @@ def _check_recipe(recipe: PhaseRecipe) -> None:
         )
     if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
         raise RecipeError("field 'discriminator.start_step' comes after discriminator.adversarial_start_step")
+
+
+def _with_networks(recipe: PhaseRecipe, networks: dict[str, str]) -> PhaseRecipe:
+    """The recipe with every ``auto`` network replaced by the one in use."""
+    loss = recipe.loss.model_copy(update={"perceptual_network": networks["perceptual"]})
+    discriminator = recipe.discriminator.model_copy(update={"backbone": networks["discriminator"]})
+    return recipe.model_copy(update={"loss": loss, "discriminator": discriminator})
 
 
 def _make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:

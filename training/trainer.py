@@ -100,12 +100,22 @@ class Trainer:
                 f"{self.output} holds a run: continue it with --resume, or choose another --output"
             )
         self.output.mkdir(parents=True, exist_ok=True)
-        recipe_text = self.recipe.model_dump_json(indent=2) + "\n"
-        (self.output / "recipe.json").write_text(recipe_text, encoding="utf-8")
+        self._write_recipe(is_resumed=state_file.exists())
         if not state_file.exists():
             _keep_rows(self.output, last_step=-1)
             return 0
         return self._restore(state_file)
+
+    def _write_recipe(self, is_resumed: bool) -> None:
+        """Keep the recipe beside its results; say so where a resumed run departs from it."""
+        file = self.output / "recipe.json"
+        fields = json.loads(self.recipe.model_dump_json())
+        if is_resumed and file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = [name for name in fields if fields[name] != before.get(name)]
+            if changed:
+                logger.warning("resumed with another recipe than before: %s changed", ", ".join(changed))
+        _write_atomically(file, (json.dumps(fields, indent=2) + "\n").encode())
 
     def _restore(self, state_file: Path) -> int:
         try:

@@ -63,6 +63,8 @@ def test_run_leaves_logs_grids_provenance_and_statistics(recipe_file: Path, tmp_
     assert (tmp_path / "run" / "grids" / "000006.png").read_bytes().startswith(b"\x89PNG")
     provenance = json.loads((tmp_path / "run" / "run.json").read_text())
     assert provenance["networks"] == {"perceptual": "efficientnet-lite0", "discriminator": "encoder"}
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["discriminator"]["backbone"] == "encoder"
     tokenizer = Tokenizer.load(tmp_path / "run" / "checkpoint")
     assert tokenizer.has_statistics
     assert tokenizer.checkpoint is not None
@@ -198,5 +200,15 @@ def test_accumulated_micro_batches_equal_one_batch(recipe_file: Path, tmp_path: 
 
 def test_mixed_precision_trains_float32_weights(recipe_file: Path, tmp_path: Path) -> None:
     run_phase("joint", recipe_file, ["precision=bfloat16", "num_steps=3"], tmp_path / "run")
-    assert {tensor.dtype for tensor in weights_of(tmp_path / "run" / "checkpoint").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "run" / "checkpoint").values()} == {
+        torch.float32
+    }
     assert all(float(row["l1"]) < 1 for row in rows(tmp_path / "run" / "train.csv"))
+
+
+def test_resuming_with_another_recipe_says_what_changed(
+    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_phase("phase1", recipe_file, ["num_steps=2"], tmp_path / "run")
+    run_phase("phase1", recipe_file, ["num_steps=4"], tmp_path / "run", resume=True)
+    assert "resumed with another recipe than before: num_steps changed" in caplog.text
