@@ -73,12 +73,22 @@ class Decoder(Freezable):
         Returns:
             [B, 3, grid * p, grid * p], nominally in [0, 1] but not clamped.
         """
+        patches = self.predict(self.features(tokens))
+        return self._unpatchify(patches) * self.pixel_std + self.pixel_mean
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the last layer sees of latent tokens [B, N, C]: [B, N, D]."""
         hidden = self.embed(tokens)
         hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1) + self.positions
         for block in self.blocks:
             hidden = block(hidden)
-        patches = self.predict(self.norm(hidden))[:, 1:]
-        return self._unpatchify(patches) * self.pixel_std + self.pixel_mean
+        return self.norm(hidden)[:, 1:]
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """What the last layer should give for images [B, 3, S, S] in [0, 1]: [B, N, p * p * 3]."""
+        normalized = (images - self.pixel_mean) / self.pixel_std
+        size = (3, self.grid, self.patch_size, self.grid, self.patch_size)
+        return normalized.view(-1, *size).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         side = self.grid * self.patch_size

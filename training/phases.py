@@ -28,6 +28,7 @@ from training.discriminator import (
 )
 from training.errors import RecipeError, TrainingError
 from training.evaluate import evaluate_tokenizer
+from training.initialization import initialize_decoder
 from training.optimization import (
     Ema,
     autocast,
@@ -62,9 +63,12 @@ class ReconstructionTask(Task):
         self.phase = phase
         self.recipe: PhaseRecipe = recipe
         self.device = resolve_device(recipe.device)
-        _check_recipe(recipe)
+        _check_recipe(phase, recipe)
         torch.manual_seed(recipe.seed)
         self.tokenizer = _make_tokenizer(phase, recipe).to(self.device)
+        if recipe.decoder_init == "ridge":
+            generator = step_generator(recipe.seed, -1, torch.device("cpu"))
+            initialize_decoder(self.tokenizer, recipe.data.train, recipe.noise_tau, generator)
         self.trained_parts = TRAINED_PARTS[phase] | ({"encoder"} if recipe.train_encoder else set())
         self._freeze()
         self.perceptual = make_perceptual(recipe.loss).to(self.device)
@@ -258,7 +262,7 @@ def module_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_recipe(recipe: PhaseRecipe) -> None:
+def _check_recipe(phase: str, recipe: PhaseRecipe) -> None:
     if recipe.batch_size % recipe.accumulation_steps:
         raise RecipeError(
             f"field 'accumulation_steps': {recipe.accumulation_steps} does not divide "
@@ -268,6 +272,8 @@ def _check_recipe(recipe: PhaseRecipe) -> None:
         raise RecipeError(
             "field 'data.validation': phases 1 to 3 report PSNR and SSIM on it, so it is required"
         )
+    if recipe.decoder_init == "ridge" and phase != "phase1":
+        raise RecipeError("field 'decoder_init': only phase 1 may replace the decoder")
     if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
         raise RecipeError("field 'discriminator.start_step' comes after discriminator.adversarial_start_step")
 

@@ -106,6 +106,9 @@ class PhaseRecipe(BaseRecipe):
     fusion: FusionConfig | None = Field(
         None, description="Fusion that phase 2 or joint adds; null: preset's."
     )
+    decoder_init: Literal["keep", "ridge"] = Field(
+        "keep", description="Phase 1: keep the checkpoint's decoder, or start as the best linear one."
+    )
     noise_tau: float = Field(
         0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample."
     )

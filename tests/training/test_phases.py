@@ -166,6 +166,7 @@ def test_full_disk_keeps_the_last_state(
         ("phase1", ["accumulation_steps=3"], RecipeError, "accumulation_steps"),
         ("phase1", ["data.train=[/nowhere]"], DataError, "/nowhere does not exist"),
         ("phase1", ["preset=huge"], RecipeError, "field 'preset'"),
+        ("phase3", ["decoder_init=ridge"], RecipeError, "field 'decoder_init'"),
     ],
 )
 def test_impossible_recipes_name_the_field(

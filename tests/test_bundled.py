@@ -1,0 +1,58 @@
+"""The bundled checkpoint on real photos."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoints import BUNDLED_DIRECTORY
+from model.config import PRESETS
+from model.metrics import psnr, ssim
+from model.tokenizer import Tokenizer
+from training.data import evaluation_batches
+
+ROOT = Path(__file__).parents[1]
+VALIDATION = ROOT.parent / "shared" / "data" / "photos-256-val.tar"
+MAX_BYTES = 48 * 2**20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load("mini")
+
+
+def load(path: Path, limit: int | None = None) -> torch.Tensor:
+    batches = [batch.pixels(torch.device("cpu")) for _, batch in evaluation_batches([path], 256, 8, limit)]
+    return torch.cat(batches)
+
+
+def test_is_the_preset_and_small(tokenizer: Tokenizer) -> None:
+    assert tokenizer.config == PRESETS["mini"]
+    assert tokenizer.has_statistics
+    assert sum(file.stat().st_size for file in (BUNDLED_DIRECTORY / "mini").iterdir()) <= MAX_BYTES
+
+
+def test_reconstructs_the_sample_photos(tokenizer: Tokenizer) -> None:
+    images = load(ROOT / "samples")
+    decoded = tokenizer.reconstruct(images)
+    assert len(images) == 3
+    assert psnr(decoded, images).mean() > 18
+    assert psnr(decoded, images).mean() > psnr(tokenizer.reconstruct(images, "base"), images).mean() + 0.5
+
+
+def test_statistics_whiten_latents_and_undo(tokenizer: Tokenizer) -> None:
+    images = load(ROOT / "samples")
+    latents = tokenizer.encode(images)
+    normalized = tokenizer.encode(images, normalize=True)
+    assert 0.5 < normalized.std() < 2
+    torch.testing.assert_close(
+        tokenizer.decode(normalized, normalize=True), tokenizer.decode(latents), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(not VALIDATION.exists(), reason="the validation pack is not here")
+def test_holds_its_quality_on_validation_photos(tokenizer: Tokenizer) -> None:
+    images = load(VALIDATION, limit=40)
+    decoded = torch.cat([tokenizer.reconstruct(chunk) for chunk in images.split(8)])
+    assert psnr(decoded, images).mean() > 20
+    assert ssim(decoded, images).mean() > 0.4
