@@ -27,9 +27,9 @@ from matplotlib import pyplot as plt
 logger = logging.getLogger(__name__)
 
 PHASES = ("phase1", "phase2", "phase3")
-PICTURES = 8
-# Every 31st validation image, so that the pictures come from both of the pack's sources.
-PICTURE_STRIDE = 31
+PICTURES = 6
+# Every 45th validation image, so that the pictures come from both of the pack's sources.
+PICTURE_STRIDE = 45
 
 
 def bundle(runs: Path, validation: Sequence[Path], pages: Path, name: str = "mini") -> dict[str, Any]:
