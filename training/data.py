@@ -184,14 +184,14 @@ def training_batches(
 
 
 def evaluation_batches(
-    paths: Sequence[Path], side: int, batch_size: int, limit: int | None = None
+    paths: Sequence[Path], side: int, batch_size: int, limit: int | None = None, stride: int = 1
 ) -> Iterator[tuple[list[Sample], Batch]]:
-    """Each image once, centre-cropped; broken ones are left out and counted.
+    """Each image once, or the first ``limit`` of every ``stride``-th; centre-cropped, broken ones left out.
 
     Raises:
         DataError: a path is missing, or there are no images.
     """
-    samples = list_samples(paths)[:limit]
+    samples = list_samples(paths)[::stride][:limit]
     for start in range(0, len(samples), batch_size):
         kept, items = [], []
         chunk = samples[start : start + batch_size]

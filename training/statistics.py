@@ -12,9 +12,10 @@ from torch import Tensor
 from model.tokenizer import Tokenizer
 from training.data import evaluation_batches
 from training.errors import DataError
+from training.sources import list_samples
 
 STATISTICS_BATCH_SIZE = 32
-STATISTICS_LIMIT = 8192
+STATISTICS_LIMIT = 2048
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def latent_statistics(
     Args:
         tokenizer: gives the latents.
         paths: folders or tar shards.
-        limit: images used at most.
+        limit: about how many images are used, spread evenly over the paths.
 
     Returns:
         Mean and variance, each [C, h, w] float32.
@@ -39,7 +40,9 @@ def latent_statistics(
     count = 0
     mean = torch.zeros(tokenizer.config.latent_shape, dtype=torch.float64)
     squares = torch.zeros_like(mean)
-    for _, batch in evaluation_batches(paths, tokenizer.config.image_size, STATISTICS_BATCH_SIZE, limit):
+    stride = max(1, len(list_samples(paths)) // limit)
+    side = tokenizer.config.image_size
+    for _, batch in evaluation_batches(paths, side, STATISTICS_BATCH_SIZE, stride=stride):
         latents = tokenizer.encode(batch.pixels(tokenizer.device)).double().cpu()
         added = len(latents)
         batch_mean = latents.mean(dim=0)
