@@ -146,6 +146,8 @@ def write_checkpoint(
         )
         text = contents.model_dump_json(indent=2) + "\n"
         (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for part in parts:  # safetensors writes for its owner alone; a service may run as somebody else
+            shutil.copymode(staging / CONFIG_FILE, staging / f"{part}.safetensors")
         _sync_tree(staging)
         replace_directory(staging, path)
     except BaseException:

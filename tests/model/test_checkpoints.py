@@ -330,3 +330,7 @@ def test_reading_gives_what_was_written(tokenizer, checkpoint):
     assert set(contents.parts) == {"encoder", "fusion", "decoder", "statistics"}
     written = tokenizer.decoder.state_dict()
     assert all(torch.equal(contents.parts["decoder"][name], tensor) for name, tensor in written.items())
+
+
+def test_files_are_as_readable_as_their_configuration(checkpoint: Path) -> None:
+    assert len({file.stat().st_mode for file in checkpoint.iterdir()}) == 1
