@@ -10,6 +10,7 @@ from model.config import PRESETS
 from model.metrics import psnr, ssim
 from model.tokenizer import Tokenizer
 from training.data import evaluation_batches
+from training.sources import list_samples
 
 ROOT = Path(__file__).parents[1]
 VALIDATION = ROOT.parent / "shared" / "data" / "photos-256-val.tar"
@@ -22,8 +23,8 @@ def tokenizer() -> Tokenizer:
 
 
 def load(path: Path, limit: int | None = None) -> torch.Tensor:
-    batches = [batch.pixels(torch.device("cpu")) for _, batch in evaluation_batches([path], 256, 8, limit)]
-    return torch.cat(batches)
+    samples = list_samples([path])[:limit]
+    return torch.cat([batch.pixels(torch.device("cpu")) for _, batch in evaluation_batches(samples, 256, 8)])
 
 
 def test_is_the_preset_and_small(tokenizer: Tokenizer) -> None:

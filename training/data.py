@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.pictures import DECODER_ERRORS, fit_picture, to_srgb, upright
+from model.pictures import DECODER_ERRORS, fit_picture, fitted_size, to_srgb, upright
 from training.errors import DataError
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
@@ -68,8 +67,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 def resize_short_side(image: Image.Image, side: int) -> Image.Image:
     """Antialiased bicubic resize that makes the short side ``side`` pixels."""
-    scale = side / min(image.size)
-    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    size = fitted_size(*image.size, side, "crop")
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -184,14 +182,9 @@ def training_batches(
 
 
 def evaluation_batches(
-    paths: Sequence[Path], side: int, batch_size: int, limit: int | None = None, stride: int = 1
+    samples: Sequence[Sample], side: int, batch_size: int
 ) -> Iterator[tuple[list[Sample], Batch]]:
-    """Each image once, or the first ``limit`` of every ``stride``-th; centre-cropped, broken ones left out.
-
-    Raises:
-        DataError: a path is missing, or there are no images.
-    """
-    samples = list_samples(paths)[::stride][:limit]
+    """Each listed image once, centre-cropped; broken ones are left out and counted."""
     for start in range(0, len(samples), batch_size):
         kept, items = [], []
         chunk = samples[start : start + batch_size]

@@ -33,6 +33,7 @@ from training.optimization import (
     set_learning_rate,
 )
 from training.recipe import DistillationRecipe
+from training.sources import list_samples
 from training.trainer import Task
 
 VALIDATION_LIMIT = 256
@@ -116,9 +117,8 @@ class DistillationTask(Task):
         sums: dict[str, float] = {}
         num_images = 0
         with self.ema.applied():
-            for _, batch in evaluation_batches(
-                recipe.data.validation, recipe.teacher_image_size, 32, VALIDATION_LIMIT
-            ):
+            samples = list_samples(recipe.data.validation)[:VALIDATION_LIMIT]
+            for _, batch in evaluation_batches(samples, recipe.teacher_image_size, 32):
                 figures = self._losses(batch.pixels(self.device), recipe.image_size)
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)

@@ -57,9 +57,9 @@ def evaluate_tokenizer(
     """
     per_image: list[tuple[str, float, float]] = []
     pictures: list[tuple[Tensor, Tensor]] = []
-    num_images, num_broken = len(list_samples(paths)), 0
-    with tqdm(total=num_images, unit="image", desc="evaluate", disable=not progress) as bar:
-        for samples, batch in evaluation_batches(paths, tokenizer.config.image_size, batch_size):
+    listed, num_broken = list_samples(paths), 0
+    with tqdm(total=len(listed), unit="image", desc="evaluate", disable=not progress) as bar:
+        for samples, batch in evaluation_batches(listed, tokenizer.config.image_size, batch_size):
             images = batch.pixels(tokenizer.device)
             reconstructions = tokenizer.reconstruct(images, latent).float()
             figures = zip(
@@ -72,7 +72,7 @@ def evaluate_tokenizer(
             num_broken += batch.num_broken
             bar.update(len(samples) + batch.num_broken)
     if not per_image:
-        raise DataError(f"none of the {num_images} images could be decoded")
+        raise DataError(f"none of the {len(listed)} images could be decoded")
     originals, decoded = (torch.stack(column) for column in zip(*pictures, strict=True))
     return Evaluation(
         psnr_db=sum(row[1] for row in per_image) / len(per_image),

@@ -20,6 +20,7 @@ from model.tokenizer import Tokenizer
 from model.vit import Block
 from training.data import evaluation_batches
 from training.errors import DataError
+from training.sources import list_samples
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def initialize_decoder(
     width = decoder.predict.in_features
     gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
     cross = torch.zeros(width + 1, decoder.predict.out_features, dtype=torch.float64)
-    for _, batch in evaluation_batches(paths, tokenizer.config.image_size, BATCH_SIZE, NUM_IMAGES):
+    samples = list_samples(paths)[:NUM_IMAGES]
+    for _, batch in evaluation_batches(samples, tokenizer.config.image_size, BATCH_SIZE):
         images = batch.pixels(tokenizer.device)
         tokens = tokenizer.tokens(images, "base")
         sigma = noise_tau * torch.rand(len(tokens), 1, 1, generator=generator)

@@ -57,8 +57,9 @@ def encoder_features(tokenizer: Tokenizer, paths: Sequence[Path], image_size: in
     """
     config, decoder = tokenizer.config.encoder, tokenizer.decoder
     features, labels = [], []
-    with tqdm(total=len(list_samples(paths)), unit="image", desc="features") as bar:
-        for _, batch in evaluation_batches(paths, image_size, FEATURE_BATCH_SIZE):
+    samples = list_samples(paths)
+    with tqdm(total=len(samples), unit="image", desc="features") as bar:
+        for _, batch in evaluation_batches(samples, image_size, FEATURE_BATCH_SIZE):
             if (batch.labels < 0).any():
                 raise DataError("the linear probe needs a class (.cls) for every image")
             pixels = (batch.pixels(tokenizer.device) - decoder.pixel_mean) / decoder.pixel_std

@@ -40,9 +40,9 @@ def latent_statistics(
     count = 0
     mean = torch.zeros(tokenizer.config.latent_shape, dtype=torch.float64)
     squares = torch.zeros_like(mean)
-    stride = max(1, len(list_samples(paths)) // limit)
-    side = tokenizer.config.image_size
-    for _, batch in evaluation_batches(paths, side, STATISTICS_BATCH_SIZE, stride=stride):
+    samples = list_samples(paths)
+    samples = samples[:: max(1, len(samples) // limit)]
+    for _, batch in evaluation_batches(samples, tokenizer.config.image_size, STATISTICS_BATCH_SIZE):
         latents = tokenizer.encode(batch.pixels(tokenizer.device)).double().cpu()
         added = len(latents)
         batch_mean = latents.mean(dim=0)

@@ -17,6 +17,7 @@ from training.data import (
 )
 from training.errors import DataError
 from training.recipe import DataConfig
+from training.sources import list_samples
 
 
 def config(photos: Path, num_workers: int = 0) -> DataConfig:
@@ -57,7 +58,7 @@ def test_broken_images_are_skipped_and_counted(photos: Path) -> None:
     batch = next(stream)
     assert batch.images.shape == (12, 3, 32, 32)
     assert batch.num_broken >= 2
-    assert sum(b.num_broken for _, b in evaluation_batches([photos], 32, 5)) == 2
+    assert sum(b.num_broken for _, b in evaluation_batches(list_samples([photos]), 32, 5)) == 2
 
 
 def test_only_broken_images_is_an_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tests.training.conftest import TINY
 from training.data import evaluation_batches
 from training.initialization import _complement, initialize_decoder
 from training.run import run_phase
+from training.sources import list_samples
 
 
 def generator() -> torch.Generator:
@@ -25,7 +26,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def test_starts_better_than_the_mean_colour_of_every_image(tokenizer: Tokenizer, photos: Path) -> None:
-    ((_, batch),) = evaluation_batches([photos], 32, 12)
+    ((_, batch),) = evaluation_batches(list_samples([photos]), 32, 12)
     images = batch.pixels(torch.device("cpu"))
     mean_colour = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
     before = psnr(tokenizer.reconstruct(images), images).mean()
@@ -38,7 +39,7 @@ def test_is_the_ridge_solution(tokenizer: Tokenizer, photos: Path) -> None:
     """At the minimum the gradient of the squared error is the ridge's pull alone."""
     initialize_decoder(tokenizer, [photos], 0.0, generator())
     decoder = tokenizer.decoder
-    ((_, batch),) = evaluation_batches([photos], 32, 12)
+    ((_, batch),) = evaluation_batches(list_samples([photos]), 32, 12)
     images = batch.pixels(torch.device("cpu"))
     with torch.no_grad():
         features = decoder.features(tokenizer.tokens(images, "base")).flatten(0, 1).double()
