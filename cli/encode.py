@@ -41,12 +41,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="a .safetensors or .npy file"
     )
-    parser.add_argument(
-        "--latent",
-        choices=("enriched", "base"),
-        default="enriched",
-        help="fused over the layers (default), or the encoder's last layer alone",
-    )
+    files.add_image_options(parser)
     parser.add_argument(
         "--normalize",
         action="store_true",
@@ -57,12 +52,6 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=("float16", "bfloat16", "float32"),
         default="float16",
         help="type of the numbers (default float16)",
-    )
-    parser.add_argument(
-        "--fit",
-        choices=files.FITS,
-        default="crop",
-        help="how a photo becomes square: cropped (default), padded with white, or stretched",
     )
     add_settings(parser, MODEL_FIELDS)
 

@@ -1,5 +1,6 @@
 """Files in and out for the commands: photos found and read, results written whole or not at all."""
 
+import argparse
 import os
 import sys
 import uuid
@@ -24,6 +25,22 @@ PICTURE_FORMATS: Mapping[str, PictureFormat] = {
 }
 DEFAULT_PICTURE_SUFFIX = ".png"
 FITS = ("crop", "pad", "stretch")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that encodes photos: ``--latent`` and ``--fit``."""
+    parser.add_argument(
+        "--latent",
+        choices=("enriched", "base"),
+        default="enriched",
+        help="the latent fused over the layers (default), or the encoder's last layer alone",
+    )
+    parser.add_argument(
+        "--fit",
+        choices=FITS,
+        default="crop",
+        help="how a photo becomes square: cropped (default), padded with white, or stretched",
+    )
 
 
 def image_rules(settings: Settings, side: int, fit: Fit) -> ImageRules:

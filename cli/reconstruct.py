@@ -57,18 +57,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="OUT",
         help="the picture (.png, .jpg, .webp); for a folder the folder of PNG pictures",
     )
-    parser.add_argument(
-        "--latent",
-        choices=("enriched", "base"),
-        default="enriched",
-        help="go through the fused latent (default), or the encoder's last layer alone",
-    )
-    parser.add_argument(
-        "--fit",
-        choices=files.FITS,
-        default="crop",
-        help="how a photo becomes square: cropped (default), padded with white, or stretched",
-    )
+    files.add_image_options(parser)
     add_settings(parser, MODEL_FIELDS)
 
 
