@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         if "setting_checkpoint" in arguments:
             raise UsageError("the checkpoint is named twice: as an argument and by --checkpoint")
         arguments.setting_checkpoint = arguments.positional
-    tokenizer = Tokenizer.load(read_settings(arguments).checkpoint)
+    tokenizer = Tokenizer.load(read_settings(arguments).checkpoint, fusion="reference")
     assert tokenizer.checkpoint is not None
     if arguments.json:
         print(

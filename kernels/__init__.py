@@ -1,1 +1,1 @@
-"""Operators of the fusion: PyTorch references."""
+"""The fusion operator: definition, folded form, Triton kernels, and the choice between them."""

@@ -6,7 +6,8 @@
     ├── ConfigError       a configuration that cannot be built
     ├── CheckpointError   a checkpoint that is missing, corrupt, foreign or of another version
     ├── ImageError        images of the wrong shape or dtype
-    └── LatentError       latents of the wrong shape, dtype or value
+    ├── LatentError       latents of the wrong shape, dtype or value
+    └── FusionError       a fusion implementation that cannot run here
 """
 
 
@@ -28,3 +29,7 @@ class ImageError(ModelError, ValueError):
 
 class LatentError(ModelError, ValueError):
     """Latents that the tokenizer cannot take, or a latent option that it cannot honour."""
+
+
+class FusionError(ModelError, ValueError):
+    """An implementation of the fusion that was asked for and cannot run; the message says why."""

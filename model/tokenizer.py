@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.dispatch import FusionSetting, choose_path, detect_platform
 from kernels.reference import token_norm
 from model.checkpoints import CheckpointInfo, read_checkpoint, resolve_checkpoint, write_checkpoint
 from model.config import TokenizerConfig
 from model.decoder import Decoder
 from model.encoder import Encoder
-from model.errors import CheckpointError, ImageError, LatentError
+from model.errors import CheckpointError, FusionError, ImageError, LatentError
 from model.fusion import Fusion
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,18 @@ class Tokenizer(nn.Module):
         source: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        fusion: FusionSetting = "auto",
     ) -> Self:
-        """Load a checkpoint, frozen and in eval mode.
+        """Load a checkpoint, frozen, in eval mode and prepared for inference.
 
         Args:
             source: a checkpoint directory, or the name of a preset with bundled weights (``mini``).
             device: where the weights go.
             dtype: computation type of weights and activations.
+            fusion: which implementation of the fusion to run; ``auto`` takes the fastest for the device.
 
         Raises:
+            FusionError: ``fusion`` names an implementation that cannot run here; says why.
             CheckpointError: missing, corrupt, foreign or of another version; names file and tensor.
         """
         path = resolve_checkpoint(source)
@@ -73,6 +77,7 @@ class Tokenizer(nn.Module):
         for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
             if module is not None:
                 module.freeze()
+        tokenizer._prepare_fusion(fusion, torch.device(device), dtype)
         return tokenizer.to(device=device, dtype=dtype).eval()
 
     def save(
@@ -118,8 +123,8 @@ class Tokenizer(nn.Module):
 
     @property
     def fusion_path(self) -> str:
-        """Which implementation of the fusion runs: ``reference``, or ``none`` without fusion."""
-        return "none" if self.fusion is None else "reference"
+        """Which implementation of the fusion runs: triton, folded or reference; ``none`` without fusion."""
+        return "none" if self.fusion is None else self.fusion.path
 
     @torch.no_grad()
     def encode(self, images: Tensor, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
@@ -237,6 +242,19 @@ class Tokenizer(nn.Module):
             raise LatentError(f"checkpoint {self.config.name!r} has no latent statistics to normalise with")
         if latent == "base" and self.fusion is not None:
             raise LatentError("the statistics describe enriched latents: normalize is not offered for base")
+
+    def _prepare_fusion(self, setting: FusionSetting, device: torch.device, dtype: torch.dtype) -> None:
+        if self.fusion is None:
+            return
+        try:
+            choice = choose_path(setting, self.fusion.problem(dtype), detect_platform(device))
+            self.fusion.prepare(choice.path, device, dtype)
+        except ValueError as exc:
+            raise FusionError(str(exc)) from exc
+        is_slow = device.type == "cuda" and choice.path != "triton"
+        logger.log(
+            logging.WARNING if is_slow else logging.INFO, "fusion path %s: %s", choice.path, choice.reason
+        )
 
     def _restore_constants(self) -> None:
         """Give the buffers that no checkpoint stores their values after a construction on meta."""

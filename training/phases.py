@@ -289,7 +289,7 @@ def _make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
     """The checkpoint that the recipe starts from, given the architecture that the phase needs."""
     if recipe.init is None:
         raise RecipeError(f"field 'init': {phase} starts from a checkpoint with a pre-trained encoder")
-    source = Tokenizer.load(recipe.init)
+    source = Tokenizer.load(recipe.init, fusion="reference")
     config = _phase_config(phase, recipe, source.config)
     tokenizer = Tokenizer(config)
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())

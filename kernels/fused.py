@@ -1,0 +1,366 @@
+"""The fused operator: packs folded experts for the Triton kernels, and launches them.
+
+Shape legend: B batch, N tokens per image, T = B * N, L layers, C token width, R = min(H, C) basis rows,
+P logit columns.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import fused_kernels
+from kernels.dispatch import KERNEL_DTYPES, shape_obstacle
+from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
+
+ROUTE_ROWS = 64
+FINISH_ROWS = 4
+TARGET_PROGRAMS = 128  # about the multiprocessors of an A100 (108) and an H100 (132)
+
+
+class Tile(NamedTuple):
+    """Shape of one program's work and its pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """`FoldedExperts` in the form that the kernels read; matrices in the model's dtype, vectors float32.
+
+    The basis is ``V^T hidden``, from the singular value decomposition ``factor = U S V^T``. Rotating
+    ``hidden`` leaves ``|hidden x|`` alone and makes ``|product x|^2 = |S basis x|^2`` diagonal: one
+    projection gives both norms.
+    """
+
+    basis: Tensor  # [L, R, C], rows padded with zeros to whole tiles
+    basis_sum: Tensor  # [L, R], sums of the rounded rows
+    basis_energy: Tensor  # [L, R], S^2
+    constants: Tensor  # [L, 3]: hidden_scale, output_eps, |shift|^2
+    product: Tensor  # [L, C, C]
+    shift: Tensor  # [L, C], empty where no expert has one
+    cross: Tensor  # [L, C], product^T shift
+    cross_sum: Tensor  # [L]
+    router: Tensor  # [L, P, C]
+    router_sum: Tensor  # [L, P], sums of the rounded rows
+    router_bias: Tensor  # [P]
+
+    @property
+    def num_layers(self) -> int:
+        return self.product.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.product.shape[1]
+
+    @property
+    def has_shift(self) -> bool:
+        return self.shift.numel() > 0
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` at import): slowly, anywhere."""
+    return not isinstance(fused_kernels.survey, triton.JITFunction)
+
+
+def column_block(width: int, limit: int) -> int:
+    """Widest tile of at most ``limit`` columns that divides the width: no tile then has idle columns."""
+    block = limit
+    while width % block:
+        block //= 2
+    return block
+
+
+def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: int) -> Tile:
+    """Tile of the two products, ``measure`` and ``combine``.
+
+    128 x 256 with 8 warps is the largest accumulator that leaves registers for the left operand
+    (228 and 254 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
+    to spread over the multiprocessors.
+
+    Args:
+        dtype: of hidden states and matrices.
+        width: C.
+        num_tokens: T.
+        capability: major compute capability.
+    """
+    if dtype == torch.float32:
+        return Tile(64, column_block(width, 64), 32, num_warps=4, num_stages=3)
+    is_small = num_tokens * width <= 64 * 128 * TARGET_PROGRAMS
+    if capability >= 9:
+        if is_small:
+            return Tile(64, column_block(width, 128), 64, num_warps=4, num_stages=4)
+        return Tile(128, column_block(width, 256), 64, num_warps=8, num_stages=3)
+    if is_small:
+        return Tile(64, column_block(width, 128), 32, num_warps=4, num_stages=4)
+    return Tile(128, column_block(width, 128), 32, num_warps=8, num_stages=4)
+
+
+def survey_tile(dtype: torch.dtype) -> Tile:
+    """Tile of ``survey``, which memory limits: several programs share a multiprocessor."""
+    return Tile(32 if dtype == torch.float32 else 64, 0, 64, num_warps=4, num_stages=3)
+
+
+def num_splits(tile: Tile, width: int, num_tokens: int, num_layers: int) -> int:
+    """Into how many sums of layers ``combine`` is split, so that few tokens still fill the device."""
+    programs = triton.cdiv(num_tokens, tile.rows) * (width // tile.columns)
+    wanted = min(max(TARGET_PROGRAMS // programs, 1), num_layers)
+    layers_per_split = triton.cdiv(num_layers, wanted)
+    return int(triton.cdiv(num_layers, layers_per_split))
+
+
+def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch.dtype) -> PackedExperts:
+    """Make the kernels' operands.
+
+    Args:
+        folded: in float64, as `model.folding.fold_experts` gives it.
+        device: where the hidden states will be.
+        dtype: of the hidden states.
+
+    Raises:
+        ValueError: a shape that the kernels do not take, or an LN_bb with an affine part.
+    """
+    if folded.norm_weight is not None or folded.norm_bias is not None:
+        raise ValueError("the Triton kernels take LN_bb without affine part only")
+    if reason := shape_obstacle(folded.width, folded.num_layers):
+        raise ValueError(reason)
+    _, singular_values, rotation = torch.linalg.svd(folded.factor, full_matrices=False)
+    basis = (rotation @ folded.hidden).to(dtype)
+    padding = -basis.shape[1] % column_block(folded.width, 256)
+    basis = torch.nn.functional.pad(basis, (0, 0, 0, padding))
+    energy = torch.nn.functional.pad(singular_values.square(), (0, padding))
+
+    num_layers = folded.num_layers
+    columns = max(16, triton.next_power_of_2(num_layers))
+    router = folded.router_weight.new_zeros(num_layers, columns, folded.width)
+    router[:, :num_layers] = folded.router_weight.unflatten(1, (num_layers, -1)).transpose(0, 1)
+    router = router.to(dtype)
+    bias = torch.nn.functional.pad(folded.router_bias, (0, columns - num_layers))
+
+    shift = folded.product.new_zeros(num_layers, folded.width) if folded.shift is None else folded.shift
+    cross = (folded.product.mT @ shift[:, :, None]).squeeze(-1)
+    constants = torch.stack([folded.hidden_scale, folded.output_eps, shift.square().sum(dim=1)], dim=1)
+
+    def vector(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=torch.float32).contiguous()
+
+    def matrix(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype).contiguous()
+
+    return PackedExperts(
+        basis=matrix(basis),
+        basis_sum=vector(basis.double().sum(dim=2)),
+        basis_energy=vector(energy),
+        constants=vector(constants),
+        product=matrix(folded.product),
+        shift=vector(shift if folded.shift is not None else shift[:0]),
+        cross=vector(cross),
+        cross_sum=vector(cross.sum(dim=1)),
+        router=matrix(router),
+        router_sum=vector(router.double().sum(dim=2)),
+        router_bias=vector(bias),
+    )
+
+
+def fuse_layers(hidden_states: Sequence[Tensor], packed: PackedExperts, spec: FusionSpec) -> Fused:
+    """The fusion on the GPU; equals `kernels.reference.fuse_layers` on the unpacked experts.
+
+    The hidden states are read in place, whatever their batch and token strides. No tensor of T * L * C
+    or T * L * H elements is made: the scratch is the sums, ``[splits, T, C]`` in float32, and a few
+    numbers per token and layer. Safe to capture in a CUDA graph, and opaque to ``torch.compile``.
+
+    Args:
+        hidden_states: z^(k) of the L fused layers, shallow to deep, each [B, N, C], not normalised;
+            views that skip prefix tokens are fine, the channels must be contiguous.
+        packed: operands, on the same device and of the same dtype.
+        spec: scalars, those that the experts were folded with.
+
+    Returns:
+        z_final, in the hidden states' dtype, and the router weights in float32.
+
+    Raises:
+        ValueError: shapes, strides, devices or dtypes that do not go together.
+    """
+    check_hidden_states(hidden_states, packed.num_layers, packed.width)
+    check_weights_match(hidden_states, packed.product)
+    _check_readable(hidden_states)
+    operands = [getattr(packed, field.name) for field in fields(packed)]
+    tokens, router_weights = _fuse_layers(
+        list(hidden_states),
+        operands,
+        spec.routing,
+        spec.router_input_norm,
+        spec.correction,
+        spec.beta,
+        spec.energy_eps,
+        spec.hidden_norm_eps,
+        spec.norm_eps,
+    )
+    return Fused(tokens, router_weights)
+
+
+@torch.library.custom_op("drorae::fuse_layers", mutates_args=())
+def _fuse_layers(
+    hidden_states: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    routing: str,
+    router_input_norm: bool,
+    correction: str,
+    beta: float,
+    energy_eps: float,
+    hidden_norm_eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    packed = PackedExperts(*operands)
+    state = hidden_states[0]
+    num_images, tokens_per_image, width = state.shape
+    num_tokens, num_layers = num_images * tokens_per_image, packed.num_layers
+    out = torch.empty(num_images, tokens_per_image, width, dtype=state.dtype, device=state.device)
+    weights = torch.empty(num_images, tokens_per_image, num_layers, device=state.device)
+    if num_tokens == 0:
+        return out, weights
+
+    def scratch(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=state.device)
+
+    mean, rstd, cross, mixing, scale, tail = (scratch(num_layers, num_tokens) for _ in range(6))
+    logits = scratch(num_layers, num_tokens, packed.router.shape[1])
+    tile = product_tile(state.dtype, width, num_tokens, _major_capability(state.device))
+    splits = num_splits(tile, width, num_tokens, num_layers)
+    partial = scratch(splits, num_tokens, width)
+    states = tuple(hidden_states)
+    where = (num_tokens, tokens_per_image, state.stride(0), state.stride(1))
+    blocks = triton.cdiv(num_tokens, tile.rows)
+    # Three TF32 products give float32 products nearly full precision at a multiple of its rate.
+    precision = "tf32x3" if state.dtype == torch.float32 else "ieee"
+    if is_interpreted():
+        precision = "interpreted"
+    shapes: dict[str, Any] = {"C": width, "HAS_SHIFT": packed.has_shift, "PRECISION": precision}
+
+    with _on(state.device):
+        look = survey_tile(state.dtype)
+        fused_kernels.survey[triton.cdiv(num_tokens, look.rows), num_layers](
+            states,
+            packed.router,
+            packed.router_sum,
+            packed.cross,
+            packed.cross_sum,
+            mean,
+            rstd,
+            cross,
+            logits,
+            *where,
+            norm_eps,
+            P=logits.shape[2],
+            ROUTER_NORM=router_input_norm,
+            BM=look.rows,
+            BK=look.depth,
+            num_warps=look.num_warps,
+            num_stages=look.num_stages,
+            **shapes,
+        )
+        fused_kernels.route[(triton.cdiv(num_tokens, ROUTE_ROWS),)](
+            logits,
+            packed.router_bias,
+            weights,
+            mixing,
+            num_tokens,
+            energy_eps,
+            L=num_layers,
+            P=logits.shape[2],
+            SOFTMAX=routing == "softmax",
+            BM=ROUTE_ROWS,
+        )
+        product: dict[str, Any] = {
+            "BM": tile.rows,
+            "BN": tile.columns,
+            "BK": tile.depth,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            **shapes,
+        }
+        fused_kernels.measure[blocks, num_layers](
+            states,
+            packed.basis,
+            packed.basis_sum,
+            packed.basis_energy,
+            packed.constants,
+            mean,
+            rstd,
+            cross,
+            mixing,
+            scale,
+            tail,
+            *where,
+            hidden_norm_eps,
+            R=packed.basis.shape[1],
+            **product,
+        )
+        fused_kernels.combine[blocks * (width // tile.columns), splits](
+            states,
+            packed.product,
+            packed.shift,
+            mean,
+            scale,
+            tail,
+            partial,
+            *where,
+            L=num_layers,
+            LAYERS_PER_SPLIT=triton.cdiv(num_layers, splits),
+            **product,
+        )
+        fused_kernels.finish[(triton.cdiv(num_tokens, FINISH_ROWS),)](
+            partial,
+            states[-1],
+            out,
+            *where,
+            beta,
+            norm_eps,
+            SPLITS=splits,
+            C=width,
+            REPLACE=correction == "replace",
+            PRECISION=precision,
+            BM=FINISH_ROWS,
+            BLOCK_C=triton.next_power_of_2(width),
+        )
+    return out, weights
+
+
+@_fuse_layers.register_fake
+def _(hidden_states: Sequence[Tensor], operands: Sequence[Tensor], *scalars: Any) -> tuple[Tensor, Tensor]:
+    state = hidden_states[0]
+    weights = state.new_empty((*state.shape[:2], len(hidden_states)), dtype=torch.float32)
+    return state.new_empty(state.shape), weights
+
+
+def _check_readable(hidden_states: Sequence[Tensor]) -> None:
+    first = hidden_states[0]
+    if first.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"the Triton kernels take float32, bfloat16 and float16, not {first.dtype}")
+    for layer, state in enumerate(hidden_states):
+        if state.stride(2) != 1:
+            raise ValueError(
+                f"hidden state {layer} has strides {list(state.stride())}: the channels must be contiguous"
+            )
+        if state.stride() != first.stride():
+            raise ValueError(
+                f"hidden state {layer} has strides {list(state.stride())}, "
+                f"hidden state 0 has {list(first.stride())}: the Triton kernels read all alike"
+            )
+
+
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
