@@ -7,29 +7,15 @@ P logit columns.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import fused_kernels
 from kernels.dispatch import KERNEL_DTYPES, shape_obstacle
+from kernels.launches import MAX_COLUMNS, FusedProblem, column_block, logit_columns, plan_launches
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
-
-ROUTE_ROWS = 64
-FINISH_ROWS = 4
-TARGET_PROGRAMS = 128  # about the multiprocessors of an A100 (108) and an H100 (132)
-
-
-class Tile(NamedTuple):
-    """Shape of one program's work and its pipeline."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -66,57 +52,6 @@ class PackedExperts:
         return self.shift.numel() > 0
 
 
-def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` at import): slowly, anywhere."""
-    return not isinstance(fused_kernels.survey, triton.JITFunction)
-
-
-def column_block(width: int, limit: int) -> int:
-    """Widest tile of at most ``limit`` columns that divides the width: no tile then has idle columns."""
-    block = limit
-    while width % block:
-        block //= 2
-    return block
-
-
-def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: int) -> Tile:
-    """Tile of the two products, ``measure`` and ``combine``.
-
-    128 x 256 with 8 warps is the largest accumulator that leaves registers for the left operand
-    (228 and 254 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
-    to spread over the multiprocessors.
-
-    Args:
-        dtype: of hidden states and matrices.
-        width: C.
-        num_tokens: T.
-        capability: major compute capability.
-    """
-    if dtype == torch.float32:
-        return Tile(64, column_block(width, 64), 32, num_warps=4, num_stages=3)
-    is_small = num_tokens * width <= 64 * 128 * TARGET_PROGRAMS
-    if capability >= 9:
-        if is_small:
-            return Tile(64, column_block(width, 128), 64, num_warps=4, num_stages=4)
-        return Tile(128, column_block(width, 256), 64, num_warps=8, num_stages=3)
-    if is_small:
-        return Tile(64, column_block(width, 128), 32, num_warps=4, num_stages=4)
-    return Tile(128, column_block(width, 128), 32, num_warps=8, num_stages=4)
-
-
-def survey_tile(dtype: torch.dtype) -> Tile:
-    """Tile of ``survey``, which memory limits: several programs share a multiprocessor."""
-    return Tile(32 if dtype == torch.float32 else 64, 0, 64, num_warps=4, num_stages=3)
-
-
-def num_splits(tile: Tile, width: int, num_tokens: int, num_layers: int) -> int:
-    """Into how many sums of layers ``combine`` is split, so that few tokens still fill the device."""
-    programs = triton.cdiv(num_tokens, tile.rows) * (width // tile.columns)
-    wanted = min(max(TARGET_PROGRAMS // programs, 1), num_layers)
-    layers_per_split = triton.cdiv(num_layers, wanted)
-    return int(triton.cdiv(num_layers, layers_per_split))
-
-
 def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch.dtype) -> PackedExperts:
     """Make the kernels' operands.
 
@@ -134,12 +69,12 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
         raise ValueError(reason)
     _, singular_values, rotation = torch.linalg.svd(folded.factor, full_matrices=False)
     basis = (rotation @ folded.hidden).to(dtype)
-    padding = -basis.shape[1] % column_block(folded.width, 256)
+    padding = -basis.shape[1] % column_block(folded.width, MAX_COLUMNS)
     basis = torch.nn.functional.pad(basis, (0, 0, 0, padding))
     energy = torch.nn.functional.pad(singular_values.square(), (0, padding))
 
     num_layers = folded.num_layers
-    columns = max(16, triton.next_power_of_2(num_layers))
+    columns = logit_columns(num_layers)
     router = folded.router_weight.new_zeros(num_layers, columns, folded.width)
     router[:, :num_layers] = folded.router_weight.unflatten(1, (num_layers, -1)).transpose(0, 1)
     router = router.to(dtype)
@@ -224,113 +159,42 @@ def _fuse_layers(
     num_images, tokens_per_image, width = state.shape
     num_tokens, num_layers = num_images * tokens_per_image, packed.num_layers
     out = torch.empty(num_images, tokens_per_image, width, dtype=state.dtype, device=state.device)
-    weights = torch.empty(num_images, tokens_per_image, num_layers, device=state.device)
+    weights = torch.empty(num_images, tokens_per_image, num_layers, dtype=torch.float32, device=state.device)
     if num_tokens == 0:
         return out, weights
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=state.device)
 
+    problem = FusedProblem(
+        num_tokens=num_tokens,
+        num_layers=num_layers,
+        width=width,
+        basis_rows=packed.basis.shape[1],
+        dtype=state.dtype,
+        has_shift=packed.has_shift,
+        router_input_norm=router_input_norm,
+        routing=routing,
+        correction=correction,
+    )
+    plan = plan_launches(problem, _major_capability(state.device))
     mean, rstd, cross, mixing, scale, tail = (scratch(num_layers, num_tokens) for _ in range(6))
     logits = scratch(num_layers, num_tokens, packed.router.shape[1])
-    tile = product_tile(state.dtype, width, num_tokens, _major_capability(state.device))
-    splits = num_splits(tile, width, num_tokens, num_layers)
-    partial = scratch(splits, num_tokens, width)
+    partial = scratch(plan["finish"].constants["SPLITS"], num_tokens, width)
     states = tuple(hidden_states)
     where = (num_tokens, tokens_per_image, state.stride(0), state.stride(1))
-    blocks = triton.cdiv(num_tokens, tile.rows)
-    # Three TF32 products give float32 products nearly full precision at a multiple of its rate.
-    precision = "tf32x3" if state.dtype == torch.float32 else "ieee"
-    if is_interpreted():
-        precision = "interpreted"
-    shapes: dict[str, Any] = {"C": width, "HAS_SHIFT": packed.has_shift, "PRECISION": precision}
+    router = (packed.router, packed.router_sum, packed.cross, packed.cross_sum)
+    basis = (packed.basis, packed.basis_sum, packed.basis_energy, packed.constants)
+
+    def launch(name: str, *arguments: Any) -> None:
+        getattr(fused_kernels, name)[plan[name].grid](*arguments, **plan[name].arguments())
 
     with _on(state.device):
-        look = survey_tile(state.dtype)
-        fused_kernels.survey[triton.cdiv(num_tokens, look.rows), num_layers](
-            states,
-            packed.router,
-            packed.router_sum,
-            packed.cross,
-            packed.cross_sum,
-            mean,
-            rstd,
-            cross,
-            logits,
-            *where,
-            norm_eps,
-            P=logits.shape[2],
-            ROUTER_NORM=router_input_norm,
-            BM=look.rows,
-            BK=look.depth,
-            num_warps=look.num_warps,
-            num_stages=look.num_stages,
-            **shapes,
-        )
-        fused_kernels.route[(triton.cdiv(num_tokens, ROUTE_ROWS),)](
-            logits,
-            packed.router_bias,
-            weights,
-            mixing,
-            num_tokens,
-            energy_eps,
-            L=num_layers,
-            P=logits.shape[2],
-            SOFTMAX=routing == "softmax",
-            BM=ROUTE_ROWS,
-        )
-        product: dict[str, Any] = {
-            "BM": tile.rows,
-            "BN": tile.columns,
-            "BK": tile.depth,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            **shapes,
-        }
-        fused_kernels.measure[blocks, num_layers](
-            states,
-            packed.basis,
-            packed.basis_sum,
-            packed.basis_energy,
-            packed.constants,
-            mean,
-            rstd,
-            cross,
-            mixing,
-            scale,
-            tail,
-            *where,
-            hidden_norm_eps,
-            R=packed.basis.shape[1],
-            **product,
-        )
-        fused_kernels.combine[blocks * (width // tile.columns), splits](
-            states,
-            packed.product,
-            packed.shift,
-            mean,
-            scale,
-            tail,
-            partial,
-            *where,
-            L=num_layers,
-            LAYERS_PER_SPLIT=triton.cdiv(num_layers, splits),
-            **product,
-        )
-        fused_kernels.finish[(triton.cdiv(num_tokens, FINISH_ROWS),)](
-            partial,
-            states[-1],
-            out,
-            *where,
-            beta,
-            norm_eps,
-            SPLITS=splits,
-            C=width,
-            REPLACE=correction == "replace",
-            PRECISION=precision,
-            BM=FINISH_ROWS,
-            BLOCK_C=triton.next_power_of_2(width),
-        )
+        launch("survey", states, *router, mean, rstd, cross, logits, *where, norm_eps)
+        launch("route", logits, packed.router_bias, weights, mixing, num_tokens, energy_eps)
+        launch("measure", states, *basis, mean, rstd, cross, mixing, scale, tail, *where, hidden_norm_eps)
+        launch("combine", states, packed.product, packed.shift, mean, scale, tail, partial, *where)
+        launch("finish", partial, states[-1], out, *where, beta, norm_eps)
     return out, weights
 
 
