@@ -55,16 +55,20 @@ def fuse_layers(hidden_states: Sequence[Tensor], folded: FoldedExperts, spec: Fu
 def _route(
     hidden_states: Sequence[Tensor], plain: Sequence[Tensor], folded: FoldedExperts, spec: FusionSpec
 ) -> Tensor:
-    """Router weights, [B, N, L], summed layer by layer instead of over a concatenation of all layers."""
+    """Router weights, [B, N, L], summed layer by layer instead of over a concatenation of all layers.
+
+    In the vectors' precision: outlier channels make each layer's share large, and the shares cancel.
+    """
+    exact = folded.router_weight.dtype
     weights_BNL = folded.router_bias
     for z, x, block in zip(
         hidden_states, plain, folded.router_weight.split(folded.width, dim=1), strict=True
     ):
-        seen = x if spec.router_input_norm else z
+        seen = (x if spec.router_input_norm else z).to(exact)
         if spec.router_input_norm and folded.norm_weight is not None:
-            seen = seen * folded.norm_weight.to(seen.dtype)
+            seen = seen * folded.norm_weight
         if spec.router_input_norm and folded.norm_bias is not None:
-            seen = seen + folded.norm_bias.to(seen.dtype)
+            seen = seen + folded.norm_bias
         weights_BNL = weights_BNL + F.linear(seen, block)
     return weights_BNL.softmax(dim=-1) if spec.routing == "softmax" else weights_BNL
 

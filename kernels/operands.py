@@ -89,14 +89,13 @@ class FoldedExperts:
         return self.product.shape[1]
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Operands for inference: matrices in ``dtype``, vectors in float32 (or in float64 with it)."""
-        vector_dtype = torch.promote_types(dtype, torch.float32)
+        """Operands for inference: experts' matrices in ``dtype``, the rest in float32 (float64 for float64)."""
+        exact = torch.promote_types(dtype, torch.float32)
         moved: dict[str, Tensor] = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
-                is_matrix = tensor.ndim == 3 or field.name == "router_weight"
-                moved[field.name] = tensor.to(device=device, dtype=dtype if is_matrix else vector_dtype)
+                moved[field.name] = tensor.to(device=device, dtype=dtype if tensor.ndim == 3 else exact)
         return replace(self, **moved)
 
 
