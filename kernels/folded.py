@@ -3,6 +3,7 @@
 Shape legend: B batch, N tokens, C width, T = B * N, L layers, R rows of the hidden factor.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,17 +104,17 @@ def _weighted_sum(
 
 def _hidden_energy(x: Tensor, folded: FoldedExperts, layer: int) -> Tensor:
     """``|hidden x + hidden_bias|^2``, [T, 1], one block of the triangle at a time."""
+    exact = folded.output_eps.dtype
     hidden = folded.hidden[layer]
-    num_rows = hidden.shape[0]
-    block = -(-num_rows // NUM_TRIANGLE_BLOCKS)
-    projected = x.new_empty(x.shape[0], num_rows)
-    for start in range(0, num_rows, block):
-        rows = slice(start, min(start + block, num_rows))
-        torch.mm(x[:, start:], hidden[rows, start:].T, out=projected[:, rows])
-    projected = projected.to(folded.output_eps.dtype)
-    if folded.hidden_bias is not None:
-        projected += folded.hidden_bias[layer]
-    return _squared_norm(projected)
+    block = math.ceil(hidden.shape[0] / NUM_TRIANGLE_BLOCKS)
+    norms = []
+    for start in range(0, hidden.shape[0], block):
+        rows = slice(start, start + block)
+        projected = F.linear(x[:, start:], hidden[rows, start:]).to(exact)
+        if folded.hidden_bias is not None:
+            projected = projected + folded.hidden_bias[layer, rows]
+        norms.append(torch.linalg.vector_norm(projected, dim=-1))
+    return _squared_norm(torch.stack(norms, dim=-1))
 
 
 def _squared_norm(tokens: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Shape legend: B batch, N patch tokens, C width, S input side, P prefix (class and register) tokens.
 """
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +36,21 @@ class Encoder(Freezable):
             )
             for _ in range(config.depth)
         )
+        self.resized_positions: Tensor | None
+        self.register_buffer("resized_positions", None, persistent=False)
         self.apply(initialize_linear)
         for parameter in (self.class_token, self.register_tokens, self.positions):
             nn.init.trunc_normal_(parameter, std=0.02)
+
+    def freeze(self) -> Self:
+        """Also resize the position table once, for inputs of the configured size."""
+        super().freeze()
+        with torch.no_grad():
+            self.resized_positions = self._resize_positions(self.config.grid, self.config.grid).clone()
+        return self
+
+    def forget_derived(self) -> None:
+        self.resized_positions = None
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Patch tokens after each block, before any final norm.
@@ -70,6 +84,11 @@ class Encoder(Freezable):
         return torch.cat([class_token, self.register_tokens.expand(batch, -1, -1), patches], dim=1)
 
     def _positions_for(self, num_rows: int, num_columns: int) -> Tensor:
+        if self.resized_positions is not None and num_rows == num_columns == self.config.grid:
+            return self.resized_positions
+        return self._resize_positions(num_rows, num_columns)
+
+    def _resize_positions(self, num_rows: int, num_columns: int) -> Tensor:
         side = self.config.position_grid
         if (num_rows, num_columns) == (side, side):
             return self.positions

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -230,9 +230,8 @@ class Fusion(Freezable):
             raise TypeError("the cross_attention mixer has no router weights")
         return self.mixer.route(*self._select(hidden_states))
 
-    def unfreeze(self) -> Self:
+    def forget_derived(self) -> None:
         self._prepared = None
-        return super().unfreeze()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -242,10 +241,6 @@ class Fusion(Freezable):
             logger.warning("the fusion was moved: it runs by its definition until it is prepared again")
             self._prepared = None
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _select(self, hidden_states: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
         selected = hidden_states[-self.config.num_layers :]

@@ -3,8 +3,9 @@
 Shape legend: B batch, T tokens (prefix included), C width, D head width.
 """
 
-from typing import Self
+from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,12 +23,20 @@ class Freezable(nn.Module):
 
     def unfreeze(self) -> Self:
         """Allow gradients and training mode again."""
+        self.forget_derived()
         self.frozen = False
         self.requires_grad_(True)
         return self
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
+
+    def forget_derived(self) -> None:
+        """Drop whatever was computed from the weights for inference; they are about to change."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_derived()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class Attention(nn.Module):
@@ -58,15 +67,22 @@ class Mlp(nn.Module):
         return self.down(F.gelu(self.up(tokens)))
 
 
+class Residual(nn.Module):
+    """A residual branch added to the tokens."""
+
+    def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
+        return tokens + branch
+
+
 class LayerScale(nn.Module):
-    """A learned per-channel gain on a residual branch (CaiT)."""
+    """A residual branch added with a learned per-channel gain (CaiT), in one pass over memory."""
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
         self.gain = nn.Parameter(Tensor(width).fill_(initial))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens * self.gain
+    def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
+        return torch.addcmul(tokens, branch, self.gain)
 
 
 class Block(nn.Module):
@@ -80,12 +96,12 @@ class Block(nn.Module):
         self.attention = Attention(width, num_heads)
         self.norm_mlp = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_width)
-        self.scale_attention = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.scale_mlp = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.scale_attention = Residual() if layer_scale is None else LayerScale(width, layer_scale)
+        self.scale_mlp = Residual() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.scale_attention(self.attention(self.norm_attention(tokens)))
-        return tokens + self.scale_mlp(self.mlp(self.norm_mlp(tokens)))
+        tokens = self.scale_attention(tokens, self.attention(self.norm_attention(tokens)))
+        return self.scale_mlp(tokens, self.mlp(self.norm_mlp(tokens)))
 
 
 def initialize_linear(module: nn.Module) -> None:

@@ -102,3 +102,35 @@ def test_parity_notices_one_changed_weight(randomize):
     assert differences[0] <= 1e-4
     assert min(differences[1:]) > 1e-3
     assert all(state.std() > 0.1 for state in expected)
+
+
+@torch.no_grad()
+def test_frozen_encoder_resizes_its_positions_once(randomize, monkeypatch):
+    encoder = Encoder(EncoderConfig(image_size=56, **TINY)).eval()
+    randomize(encoder)
+    expected = encoder.embed(pixels(56, 56))
+    other_size = encoder.embed(pixels(70, 70))
+    encoder.freeze()
+    assert torch.equal(encoder.embed(pixels(70, 70)), other_size)
+    monkeypatch.setattr(encoder, "_resize_positions", None)
+    assert torch.equal(encoder.embed(pixels(56, 56)), expected)
+    assert "resized_positions" not in encoder.state_dict()
+
+
+@torch.no_grad()
+def test_changed_weights_drop_the_resized_positions(randomize):
+    config = EncoderConfig(image_size=56, **TINY)
+    encoder, other = Encoder(config).eval().freeze(), Encoder(config).eval()
+    randomize(other)
+    encoder.load_state_dict(other.state_dict())
+    assert torch.equal(encoder.embed(pixels(56, 56)), other.embed(pixels(56, 56)))
+    encoder.freeze().unfreeze()
+    assert encoder.resized_positions is None
+
+
+@torch.no_grad()
+def test_attention_takes_the_fast_kernel():
+    """SDPA's flash kernel, which never writes the attention matrix, accepts the block's layout."""
+    encoder = Encoder(EncoderConfig(image_size=56, **TINY)).eval()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        encoder(pixels(56, 56))

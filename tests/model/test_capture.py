@@ -1,0 +1,110 @@
+"""Capturing a whole encode: buckets, and that an encode holds nothing that a CUDA graph cannot."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.capture import CapturedEncode, bucket_for
+from model.tokenizer import Tokenizer
+
+PATHS = ("reference", "folded", "triton")
+# What waits for the device, makes shapes depend on data, or brings new host data in.
+NOT_CAPTURABLE = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::item",
+    "aten::lift_fresh",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def loaded(request) -> Tokenizer:
+    return Tokenizer.load("mini", fusion=request.param)
+
+
+def photo(seed: int = 0) -> Tensor:
+    return torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(seed))
+
+
+def test_encode_runs_nothing_that_a_capture_forbids(loaded):
+    with Recorder() as recorder:
+        loaded.encode(photo(), normalize=True)
+    assert "aten::addmm" in recorder.names or "aten::linear" in recorder.names
+    assert recorder.names & NOT_CAPTURABLE == set()
+
+
+def test_recorder_notices_a_host_wait():
+    with Recorder() as recorder:
+        bool(photo().sum() > 0)
+    assert recorder.names & NOT_CAPTURABLE
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, of its dependencies
+def test_encode_traces_as_one_graph(loaded):
+    with torch.no_grad():
+        compiled = torch.compile(loaded.tokens, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(photo()), loaded.tokens(photo()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("num_images", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])
+def test_smallest_bucket_that_holds_the_batch(num_images, bucket):
+    assert bucket_for(num_images, (1, 2, 4, 8)) == bucket
+
+
+@pytest.mark.parametrize("num_images", [0, 9, -1])
+def test_batch_that_fits_no_bucket(num_images):
+    with pytest.raises(
+        ValueError, match=rf"a batch of {num_images} images fits none of the buckets \[1, 8\]"
+    ):
+        bucket_for(num_images, (1, 8))
+
+
+def test_cpu_tokenizer_cannot_be_captured():
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, the tokenizer is on cpu"):
+        CapturedEncode(Tokenizer.load("mini", fusion="reference"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_images", [1, 3, 4])
+def test_captured_encode_equals_eager(num_images):
+    tokenizer = Tokenizer.load("mini", device="cuda", dtype=torch.bfloat16)
+    captured = CapturedEncode(tokenizer, buckets=(1, 4), normalize=True)
+    for seed in range(3):  # fresh images each time: a replay must read what was copied in
+        images = torch.cat([photo(seed + index) for index in range(num_images)])
+        expected = tokenizer.encode(images, normalize=True)
+        torch.testing.assert_close(captured(images), expected, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.gpu
+def test_captured_results_outlive_the_next_call():
+    tokenizer = Tokenizer.load("mini", device="cuda", dtype=torch.bfloat16)
+    captured = CapturedEncode(tokenizer, buckets=(1, 2))
+    first = captured(photo(0))
+    copy = first.clone()
+    captured(torch.cat([photo(1), photo(2)]))
+    assert torch.equal(first, copy)
+
+
+@pytest.mark.gpu
+def test_captured_encode_refuses_other_shapes():
+    captured = CapturedEncode(Tokenizer.load("mini", device="cuda"), buckets=(1,))
+    with pytest.raises(ValueError, match=r"expected \[B, 3, 256, 256\]"):
+        captured(torch.rand(1, 3, 224, 224))
+    with pytest.raises(ValueError, match="fits none of the buckets"):
+        captured(torch.rand(2, 3, 256, 256))
