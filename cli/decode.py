@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cli import files
 from cli.errors import EXIT_OK, UsageError
-from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
+from cli.options import Subparsers, add_command, add_settings, read_settings
 from model.tokenizer import Tokenizer
 from service import tensors
 from service.engine import load_tokenizer
@@ -55,12 +55,13 @@ def add_parser(subparsers: Subparsers) -> None:
         default=None,
         help="whether the latents are normalised per position (default: as the file says, else not)",
     )
-    add_settings(parser, MODEL_FIELDS)
+    add_settings(parser, ("checkpoint", "device", "batch_size"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Decode all latents of the file."""
-    settings = read_settings(arguments)
+    # Latents are past the fusion: preparing one would be for nothing, and may be impossible here.
+    settings = read_settings(arguments).model_copy(update={"fusion": "reference"})
     output: Path = arguments.output
     is_picture = output.suffix.lower() in files.PICTURE_FORMATS and not output.is_dir()
     if is_picture:

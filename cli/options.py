@@ -11,7 +11,7 @@ from cli.errors import UsageError
 from service.settings import ENV_PREFIX, Settings
 
 # What the commands on files take of the settings: the model, and how much of it at once.
-MODEL_FIELDS = ("checkpoint", "device", "batch_size")
+MODEL_FIELDS = ("checkpoint", "device", "fusion", "batch_size")
 
 Subparsers = Any  # argparse keeps the class of add_subparsers' result private
 Run = Callable[[argparse.Namespace], int]

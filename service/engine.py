@@ -98,6 +98,7 @@ def load_tokenizer(settings: Settings) -> Tokenizer:
 
     Raises:
         model.errors.CheckpointError: it cannot be loaded.
+        model.errors.FusionError: the implementation of the fusion that they force cannot run here.
         UnavailableError: the device does not exist here.
     """
     device = settings.device
@@ -105,7 +106,8 @@ def load_tokenizer(settings: Settings) -> Tokenizer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise UnavailableError(f"The device {device!r} is not there: PyTorch sees no GPU.")
-    return Tokenizer.load(settings.checkpoint, device=device, dtype=getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
+    return Tokenizer.load(settings.checkpoint, device=device, dtype=dtype, fusion=settings.fusion)
 
 
 class ThreadEngine:

@@ -217,7 +217,9 @@ class Info(_Document):
     beta: float | None = Field(description="Size of the incremental correction; null without fusion.")
     dtype: str = Field(description="Type of weights and activations.")
     device: str = Field(description="Where the model runs.")
-    kernel_path: str = Field(description="Which implementation of the fusion runs.")
+    kernel_path: str = Field(
+        description="What computes the fusion: triton, folded or reference; none where there is no fusion."
+    )
     limits: Limits
 
 

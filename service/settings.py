@@ -11,6 +11,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kernels.dispatch import FusionSetting
+
 ENV_PREFIX = "DRORAE_"
 
 NonEmptyText = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -36,6 +38,11 @@ class Settings(BaseSettings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Type of the model's weights and activations."
+    )
+    fusion: FusionSetting = Field(
+        "auto",
+        description="What computes the fusion: auto (what suits device and model), triton (GPU kernels), "
+        "folded (PyTorch, experts folded) or reference (PyTorch, the definition).",
     )
     host: NonEmptyText = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(

@@ -1,6 +1,8 @@
 """Checkpoints and photos for the command line, and a way to run it in this process."""
 
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,15 @@ def clean_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith("DRORAE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def drorae() -> str:
+    """The installed command."""
+    found = shutil.which("drorae", path=Path(sys.executable).parent) or shutil.which("drorae")
+    if found is None:
+        pytest.skip("the drorae command is not installed")
+    return found
 
 
 @pytest.fixture

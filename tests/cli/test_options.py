@@ -36,6 +36,7 @@ def test_every_flag_reaches_its_setting(run, served):
         "checkpoint": "somewhere",
         "device": "cuda:1",
         "dtype": "bfloat16",
+        "fusion": "folded",
         "host": "0.0.0.0",
         "port": 9,
         "log_level": "debug",
@@ -74,10 +75,19 @@ def test_wrong_variable_is_named(refused, served, monkeypatch):
     assert refused("serve").startswith("drorae: DRORAE_QUEUE_LIMIT_ITEMS: ")
 
 
-def test_wrong_choice_lists_the_choices(run):
-    outcome = run("serve", "--dtype", "int4")
+@pytest.mark.parametrize(
+    ("flag", "wrong", "right"), [("dtype", "int4", "bfloat16"), ("fusion", "fast", "folded")]
+)
+def test_wrong_choice_lists_the_choices(run, refused, served, monkeypatch, flag, wrong, right):
+    outcome = run("serve", f"--{flag}", wrong)
     assert outcome.status == 2
-    assert "bfloat16" in outcome.err
+    assert right in outcome.err
+    variable = f"DRORAE_{flag.upper()}"
+    monkeypatch.setenv(variable, wrong)
+    message = refused("serve")
+    assert message.startswith(f"drorae: {variable}: ")
+    assert right in message
+    assert served == []
 
 
 def test_contradicting_settings_name_both(refused, served):

@@ -1,10 +1,11 @@
 """``drorae serve`` as a process, and that its answers and the commands' files are interchangeable."""
 
-import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -13,26 +14,38 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-DRORAE = shutil.which("drorae", path=Path(sys.executable).parent) or shutil.which("drorae")
 READY_TIMEOUT_S = 60
 
-pytestmark = pytest.mark.skipif(DRORAE is None, reason="the drorae command is not installed")
+
+@dataclass
+class Service:
+    """Where a service runs, and what it wrote to standard error once it has ended."""
+
+    address: str
+    log: str = ""
+
+
+@contextmanager
+def serving(drorae: str, *argv: str) -> Iterator[Service]:
+    """A running service; ends it with SIGTERM, which must be an orderly end."""
+    command = [drorae, "serve", "--port", "0", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            service = Service(process.stdout.readline().split()[-1])
+            wait_until_ready(service.address)
+            yield service
+        finally:
+            process.send_signal(signal.SIGTERM)
+            service.log = process.communicate(timeout=60)[1]
+    assert process.returncode == 0
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint):
-    """Address of a running service; ends it with SIGTERM, which must be an orderly end."""
-    argv = [DRORAE, "serve", "--checkpoint", str(checkpoint), "--port", "0", "--log-level", "error"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            address = process.stdout.readline().split()[-1]
-            wait_until_ready(address)
-            yield address
-        finally:
-            process.send_signal(signal.SIGTERM)
-            errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 0
-    assert errors == ""
+def server(drorae, checkpoint):
+    """Address of the service that most tests share."""
+    with serving(drorae, "--checkpoint", str(checkpoint), "--log-level", "error") as service:
+        yield service.address
+    assert service.log == ""
 
 
 def wait_until_ready(address: str) -> None:
@@ -89,9 +102,28 @@ def test_reconstruct_equals_the_service(server, run, checkpoint, photo, tmp_path
     assert post(server, photo, "reconstruct") == (tmp_path / "out.png").read_bytes()
 
 
-def test_a_broken_checkpoint_ends_it_with_status_2(tmp_path):
-    argv = [DRORAE, "serve", "--port", "0", "--log-level", "error", "--checkpoint", str(tmp_path)]
+def test_a_broken_checkpoint_ends_it_with_status_2(drorae, tmp_path):
+    argv = [drorae, "serve", "--port", "0", "--log-level", "error", "--checkpoint", str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"{tmp_path} is no checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_fusion_that_cannot_run_ends_it_with_status_2(drorae, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("DRORAE_FUSION", "triton")
+    argv = [drorae, "serve", "--port", "0", "--log-level", "error", "--device", "cpu"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "drorae: fusion=triton cannot run: the device is cpu, the Triton kernels need CUDA\n"
+    )
+
+
+@pytest.mark.parametrize(("flags", "path"), [((), "folded"), (("--fusion", "reference"), "reference")])
+def test_the_bundled_checkpoint_says_what_computes_its_fusion(drorae, flags, path):
+    with serving(drorae, "--device", "cpu", *flags) as service:
+        assert httpx.get(f"{service.address}/info").json()["kernel_path"] == path
+        assert f'kernel_path="{path}"' in httpx.get(f"{service.address}/metrics").text
+    assert f" INFO model.tokenizer: fusion path {path}: " in service.log

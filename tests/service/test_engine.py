@@ -5,16 +5,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.errors import CheckpointError, LatentError
+from model.errors import CheckpointError, FusionError, LatentError
 from model.tokenizer import Tokenizer
 from service.batching import BatchKey, Item, Operation
-from service.engine import EngineState, ThreadEngine
+from service.engine import EngineState, ThreadEngine, load_tokenizer
 from service.errors import DeadlineError, InternalError, LatentsError, QueueFullError, UnavailableError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -208,7 +209,12 @@ def test_close_gives_up_after_its_time(gated: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "words"), [(CheckpointError("config.json: broken"), "config.json"), (KeyError("x"), "x")]
+    ("error", "words"),
+    [
+        (CheckpointError("config.json: broken"), "config.json"),
+        (FusionError("fusion=triton cannot run: no GPU"), "fusion=triton"),
+        (KeyError("x"), "x"),
+    ],
 )
 def test_failed_loading_is_remembered_and_told(error: Exception, words: str) -> None:
     def load(_: Settings) -> Tokenizer:
@@ -226,3 +232,16 @@ def test_failed_loading_is_remembered_and_told(error: Exception, words: str) -> 
         engine.check_ready()
     engine.close(1)
     assert engine.state is EngineState.FAILED
+
+
+def test_the_settings_choose_what_computes_the_fusion(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def load(fusion: Any) -> Tokenizer:
+        return load_tokenizer(Settings(checkpoint=str(checkpoint), device="cpu", fusion=fusion))
+
+    assert [load(fusion).fusion_path for fusion in ("folded", "reference")] == ["folded", "reference"]
+    with pytest.raises(FusionError, match="fusion=triton cannot run: the device is cpu"):
+        load("triton")

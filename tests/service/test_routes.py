@@ -5,6 +5,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +19,9 @@ from torch import Tensor
 from model.metrics import psnr, ssim
 from model.pictures import to_bytes
 from model.tokenizer import Tokenizer
+from service.app import create_app
 from service.images import ImageRules, read_image
+from service.settings import Settings
 from service.tensors import DTYPES
 
 SIDE = 64
@@ -371,6 +374,20 @@ def test_info(client: httpx.Client, tokenizer: Tokenizer) -> None:
     assert info["beta"] == 0.2
     assert (info["device"], info["dtype"], info["kernel_path"]) == ("cpu", "float32", tokenizer.fusion_path)
     assert info["limits"]["max_items_per_request"] == 8
+
+
+@pytest.mark.parametrize(
+    ("fusion", "kernel_path"), [("auto", "folded"), ("folded", "folded"), ("reference", "reference")]
+)
+def test_info_and_metrics_name_the_fusions_path(
+    serve: Any, checkpoint: Path, fusion: Any, kernel_path: str
+) -> None:
+    settings = Settings(checkpoint=str(checkpoint), device="cpu", fusion=fusion)
+    with serve(create_app(settings)) as running:
+        assert running.client.get("/info").json()["kernel_path"] == kernel_path
+        series = running.client.get("/metrics").text.splitlines()
+        (model_info,) = [line for line in series if line.startswith("drorae_model_info{")]
+        assert f'kernel_path="{kernel_path}"' in model_info
 
 
 @pytest.mark.parametrize("path", ["/info", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"])

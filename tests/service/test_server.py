@@ -64,6 +64,15 @@ def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert error.count("\n") == 1
 
 
+def test_a_fusion_that_cannot_run(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = Settings(port=0, checkpoint=str(checkpoint), device="cpu", fusion="triton")
+    assert server.run(settings) == server.EXIT_MODEL
+    assert capsys.readouterr().err.startswith("drorae: fusion=triton cannot run: ")
+
+
 def test_a_signal_drains(
     applications: list[Any],
     gated: Any,
@@ -131,16 +140,23 @@ def test_process(checkpoint: Path, png: bytes) -> None:
     assert "Traceback" not in errors
 
 
-def test_impossible_settings_are_one_sentence() -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DRORAE_PORT", "http", "Input should be a valid integer"),
+        ("DRORAE_FUSION", "fast", "Input should be 'auto', 'triton', 'folded' or 'reference'"),
+    ],
+)
+def test_impossible_settings_are_one_sentence(variable: str, value: str, message: str) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "service"],
         cwd=ROOT,
-        env={**os.environ, "DRORAE_PORT": "http"},
+        env={**os.environ, variable: value},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert finished.returncode == 2
-    assert finished.stderr.startswith("drorae: DRORAE_PORT: Input should be a valid integer")
+    assert finished.stderr.startswith(f"drorae: {variable}: {message}")
     assert finished.stderr.count("\n") == 1

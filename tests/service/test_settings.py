@@ -26,6 +26,13 @@ def test_environment_fills_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().checkpoint == "/somewhere"
 
 
+@pytest.mark.parametrize("fusion", ["auto", "triton", "folded", "reference"])
+def test_the_fusion_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch, fusion: str) -> None:
+    assert Settings().fusion == "auto"
+    monkeypatch.setenv("DRORAE_FUSION", fusion)
+    assert Settings().fusion == fusion
+
+
 def test_settings_are_frozen_and_closed() -> None:
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
@@ -40,6 +47,8 @@ def test_settings_are_frozen_and_closed() -> None:
         {"port": 70000},
         {"device": "tpu"},
         {"dtype": "int8"},
+        {"fusion": "fast"},
+        {"fusion": ""},
         {"batch_size": 0},
         {"checkpoint": " "},
         {"max_items_per_request": 100, "queue_limit_items": 99},
