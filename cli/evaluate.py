@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cli.errors import CommandError, UsageError
-from cli.options import Subparsers, add_command, add_settings, read_settings
+from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
 
 EXAMPLES = """\
   drorae evaluate --data photos/
@@ -26,7 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="also write the figures, those of each photo and a grid"
     )
-    add_settings(parser, ("checkpoint", "device", "batch_size"))
+    add_settings(parser, MODEL_FIELDS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,5 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"evaluation needs the package {exc.name!r}: pip install 'drorae[training]'"
         ) from exc
     return evaluate_command(
-        settings.checkpoint, arguments.data, arguments.output, settings.batch_size, settings.device
+        settings.checkpoint,
+        arguments.data,
+        arguments.output,
+        settings.batch_size,
+        settings.device,
+        settings.fusion,
     )

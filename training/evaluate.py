@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels.dispatch import FusionSetting
 from model.metrics import psnr, ssim
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import evaluation_batches
@@ -85,14 +86,19 @@ def evaluate_tokenizer(
 
 
 def evaluate_command(
-    checkpoint: str, data: Path, output: Path | None = None, batch_size: int = 25, device: str = "auto"
+    checkpoint: str,
+    data: Path,
+    output: Path | None = None,
+    batch_size: int = 25,
+    device: str = "auto",
+    fusion: FusionSetting = "auto",
 ) -> int:
     """``drorae evaluate``: prints the means; with ``output`` writes JSON, a CSV of images and a grid.
 
     Raises:
         TrainingError, model.errors.ModelError: one sentence that names what is at fault.
     """
-    tokenizer = Tokenizer.load(checkpoint, device=resolve_device(device))
+    tokenizer = Tokenizer.load(checkpoint, device=resolve_device(device), fusion=fusion)
     report = evaluate_tokenizer(tokenizer, [data], batch_size)
     summary = {
         "checkpoint": tokenizer.config.name,
