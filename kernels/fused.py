@@ -178,7 +178,7 @@ def _fuse_layers(
         correction=correction,
     )
     plan = plan_launches(problem, _major_capability(state.device))
-    mean, rstd, cross, mixing, scale, tail = (scratch(num_layers, num_tokens) for _ in range(6))
+    mean, scale, tail = (scratch(num_layers, num_tokens) for _ in range(3))
     logits = scratch(num_layers, num_tokens, packed.router.shape[1])
     partial = scratch(plan["finish"].constants["SPLITS"], num_tokens, width)
     states = tuple(hidden_states)
@@ -190,9 +190,10 @@ def _fuse_layers(
         getattr(fused_kernels, name)[plan[name].grid](*arguments, **plan[name].arguments())
 
     with _on(state.device):
-        launch("survey", states, *router, mean, rstd, cross, logits, *where, norm_eps)
-        launch("route", logits, packed.router_bias, weights, mixing, num_tokens, energy_eps)
-        launch("measure", states, *basis, mean, rstd, cross, mixing, scale, tail, *where, hidden_norm_eps)
+        launch(
+            "measure", states, *router, *basis, logits, mean, scale, tail, *where, norm_eps, hidden_norm_eps
+        )
+        launch("route", logits, packed.router_bias, weights, scale, tail, num_tokens, energy_eps)
         launch("combine", states, packed.product, packed.shift, mean, scale, tail, partial, *where)
         launch("finish", partial, states[-1], out, *where, beta, norm_eps)
     return out, weights

@@ -1,10 +1,10 @@
-"""Device code of the fused operator: five Triton kernels, from raw hidden states to z_final.
+"""Device code of the fused operator: four Triton kernels, from raw hidden states to z_final.
 
-`survey` reads every hidden state once: LayerNorm statistics, each layer's share of the router's
-logits. `route` makes router weights of the logits. `measure` computes each expert output's norm without
-the output (``|a|^2`` and ``s^2`` are weighted sums of squares of one projection, the folded basis).
-`combine` is then one matrix product of depth L * C whose left operand is normalised and weighted on
-its way from shared memory to the tensor cores. `finish` adds the splits up and applies the last norms.
+`measure` reads each hidden state: LayerNorm statistics, its share of the router's logits, and the norm
+of the expert's output without the output (``|a|^2`` and ``s^2`` are weighted sums of squares of one
+projection, the folded basis). `route` makes router weights of the logits. `combine` is then one matrix
+product of depth L * C whose left operand is normalised and weighted on its way from shared memory to
+the tensor cores. `finish` adds the splits up and applies the last norms.
 
 The hidden states come as a tuple of pointers, one a layer, and are read where the encoder wrote them.
 Every row of every product belongs to one token, so a non-finite token spoils only itself.
@@ -58,47 +58,64 @@ def _round(values, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def survey(
+def measure(
     hidden_states,
     router_ptr,  # [L, P, C]
     router_sum_ptr,  # [L, P]
     cross_ptr,  # [L, C]
     cross_sum_ptr,  # [L]
-    mean_ptr,  # out [L, T]
-    rstd_ptr,  # out [L, T]
-    cross_out_ptr,  # out [L, T]
+    basis_ptr,  # [L, R, C]
+    basis_sum_ptr,  # [L, R]
+    basis_energy_ptr,  # [L, R]
+    constants_ptr,  # [L, 3]: hidden_scale, output_eps, |shift|^2
     logits_ptr,  # out [L, T, P]
+    mean_ptr,  # out [L, T]
+    scale_ptr,  # out [L, T]
+    tail_ptr,  # out [L, T]
     num_tokens,
     tokens_per_image,
     stride_image,
     stride_token,
     norm_eps,
+    hidden_eps,
     C: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     ROUTER_NORM: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Per token and layer: LayerNorm statistics, logits, and the linear part of ``|a|^2``."""
+    """Per token and layer: mean, logits, and the factors of ``z - mean`` (scale) and ``shift`` (tail).
+
+    With ``p = basis x``: ``s^2 = hidden_scale |p|^2 + hidden_eps`` and
+    ``|a|^2 = sum_i energy_i p_i^2 + 2 s (cross . x) + s^2 |shift|^2``.
+    """
     layer = tl.program_id(1)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = rows < num_tokens
     ks = tl.arange(0, BK)
+    ns = tl.arange(0, BN)
+    columns = tl.arange(0, P)
     offsets = _token_offsets(rows, tokens_per_image, stride_image, stride_token)
     tokens = _select(hidden_states, layer) + offsets[:, None] + ks[None, :]
-    router = router_ptr + layer * P * C + tl.arange(0, P)[None, :] * C + ks[:, None]
+    router = router_ptr + layer * P * C + columns[None, :] * C + ks[:, None]
+    basis = basis_ptr + layer * R * C + ns[None, :] * C + ks[:, None]
 
-    # Sums of deviations from a pivot near the mean do not cancel as plain sums of squares would: a
-    # mean over BK of the C channels lies within sqrt(C / BK) standard deviations of the mean.
+    # The first columns of the projection share their reading of the token with everything else that is
+    # wanted of it. Sums of deviations from a pivot near the mean do not cancel as plain sums would: the
+    # mean of BK of the C channels lies within sqrt(C / BK) standard deviations of the mean.
     pivot = tl.sum(tl.load(tokens, mask=valid[:, None], other=0.0).to(tl.float32), axis=1) / BK
     deviation = tl.zeros((BM,), tl.float32)
     square = tl.zeros((BM,), tl.float32)
     cross = tl.zeros((BM,), tl.float32)
     logits = tl.zeros((BM, P), tl.float32)
+    p = tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
         z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
+        p = _dot(z, tl.load(basis + k), p, PRECISION)
         logits = _dot(z, tl.load(router + k), logits, PRECISION)
         centred = z.to(tl.float32) - pivot[:, None]
         deviation += tl.sum(centred, axis=1)
@@ -108,18 +125,40 @@ def survey(
     deviation /= C
     mean = pivot + deviation
     rstd = tl.rsqrt(tl.maximum(square / C - deviation * deviation, 0.0) + norm_eps)
-
     at = layer * num_tokens + rows
     tl.store(mean_ptr + at, mean, mask=valid)
-    tl.store(rstd_ptr + at, rstd, mask=valid)
-    if HAS_SHIFT:
-        cross = rstd * (cross - deviation * tl.load(cross_sum_ptr + layer))
-        tl.store(cross_out_ptr + at, cross, mask=valid)
-    columns = tl.arange(0, P)
+    # Raw tokens went into the products: their mean leaves by the sums of the rounded rows.
     if ROUTER_NORM:
         row_sums = tl.load(router_sum_ptr + layer * P + columns)
         logits = rstd[:, None] * (logits - mean[:, None] * row_sums[None, :])
     tl.store(logits_ptr + at.to(tl.int64)[:, None] * P + columns[None, :], logits, mask=valid[:, None])
+
+    sums = basis_sum_ptr + layer * R + ns
+    energies = basis_energy_ptr + layer * R + ns
+    p = rstd[:, None] * (p - mean[:, None] * tl.load(sums)[None, :])
+    p *= p
+    hidden_energy = tl.sum(p, axis=1)
+    product_energy = tl.sum(p * tl.load(energies)[None, :], axis=1)
+    for n in range(BN, R, BN):
+        p = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, C, BK):
+            z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
+            p = _dot(z, tl.load(basis + n * C + k), p, PRECISION)
+        p = rstd[:, None] * (p - mean[:, None] * tl.load(sums + n)[None, :])
+        p *= p
+        hidden_energy += tl.sum(p, axis=1)
+        product_energy += tl.sum(p * tl.load(energies + n)[None, :], axis=1)
+
+    variance = hidden_energy * tl.load(constants_ptr + 3 * layer) + hidden_eps
+    energy = product_energy
+    if HAS_SHIFT:
+        cross = rstd * (cross - deviation * tl.load(cross_sum_ptr + layer))
+        energy += 2 * tl.sqrt(variance) * cross + variance * tl.load(constants_ptr + 3 * layer + 2)
+    floor = variance * tl.load(constants_ptr + 3 * layer + 1)
+    inverse_norm = tl.rsqrt(tl.maximum(energy, 0.0) / C + floor)
+    tl.store(scale_ptr + at, inverse_norm * rstd, mask=valid)
+    if HAS_SHIFT:
+        tl.store(tail_ptr + at, inverse_norm * tl.sqrt(variance), mask=valid)
 
 
 @triton.jit
@@ -127,15 +166,17 @@ def route(
     logits_ptr,  # [L, T, P]
     router_bias_ptr,  # [P]
     weights_ptr,  # out [T, L]
-    mixing_ptr,  # out [L, T]
+    scale_ptr,  # in and out [L, T]
+    tail_ptr,  # in and out [L, T]
     num_tokens,
     energy_eps,
     L: tl.constexpr,
     P: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Router weights w, and the factors of the experts' outputs: w over its energy, or its softmax."""
+    """Router weights w; ``measure``'s factors are multiplied by w over its energy, or by its softmax."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = rows < num_tokens
     columns = tl.arange(0, P)
@@ -152,74 +193,10 @@ def route(
     else:
         mixing = weights * tl.rsqrt(tl.sum(weights * weights, axis=1) + energy_eps)[:, None]
     tl.store(weights_ptr + rows[:, None] * L + columns[None, :], weights, mask=inside)
-    tl.store(mixing_ptr + columns[None, :] * num_tokens + rows[:, None], mixing, mask=inside)
-
-
-@triton.jit
-def measure(
-    hidden_states,
-    basis_ptr,  # [L, R, C]
-    basis_sum_ptr,  # [L, R]
-    basis_energy_ptr,  # [L, R]
-    layer_constants_ptr,  # [L, 3]: hidden_scale, output_eps, |shift|^2
-    mean_ptr,  # [L, T]
-    rstd_ptr,  # [L, T]
-    cross_ptr,  # [L, T]
-    mixing_ptr,  # [L, T]
-    scale_ptr,  # out [L, T]
-    tail_ptr,  # out [L, T]
-    num_tokens,
-    tokens_per_image,
-    stride_image,
-    stride_token,
-    hidden_eps,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Per token and layer: the factors by which `combine` multiplies ``z - mean`` and ``shift``.
-
-    With ``p = basis x``: ``s^2 = hidden_scale |p|^2 + hidden_eps`` and
-    ``|a|^2 = sum_i energy_i p_i^2 + 2 s cross + s^2 |shift|^2``.
-    """
-    layer = tl.program_id(1)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = rows < num_tokens
-    ks = tl.arange(0, BK)
-    ns = tl.arange(0, BN)
-    offsets = _token_offsets(rows, tokens_per_image, stride_image, stride_token)
-    tokens = _select(hidden_states, layer) + offsets[:, None] + ks[None, :]
-    basis = basis_ptr + layer * R * C + ns[None, :] * C + ks[:, None]
-    at = layer * num_tokens + rows
-    mean = tl.load(mean_ptr + at, mask=valid, other=0.0)
-    rstd = tl.load(rstd_ptr + at, mask=valid, other=0.0)
-    hidden_energy = tl.zeros((BM,), tl.float32)
-    product_energy = tl.zeros((BM,), tl.float32)
-    for n in range(0, R, BN):
-        p = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, C, BK):
-            z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
-            p = _dot(z, tl.load(basis + n * C + k), p, PRECISION)
-        # The raw token went into the product: its mean leaves by the sums of the rounded basis rows.
-        p = rstd[:, None] * (p - mean[:, None] * tl.load(basis_sum_ptr + layer * R + n + ns)[None, :])
-        p *= p
-        hidden_energy += tl.sum(p, axis=1)
-        product_energy += tl.sum(p * tl.load(basis_energy_ptr + layer * R + n + ns)[None, :], axis=1)
-
-    variance = hidden_energy * tl.load(layer_constants_ptr + 3 * layer) + hidden_eps
-    energy = product_energy
+    at = columns[None, :] * num_tokens + rows[:, None]
+    tl.store(scale_ptr + at, mixing * tl.load(scale_ptr + at, mask=inside, other=0.0), mask=inside)
     if HAS_SHIFT:
-        cross = tl.load(cross_ptr + at, mask=valid, other=0.0)
-        energy += 2 * tl.sqrt(variance) * cross + variance * tl.load(layer_constants_ptr + 3 * layer + 2)
-    floor = variance * tl.load(layer_constants_ptr + 3 * layer + 1)
-    factor = tl.rsqrt(tl.maximum(energy, 0.0) / C + floor) * tl.load(mixing_ptr + at, mask=valid, other=0.0)
-    tl.store(scale_ptr + at, factor * rstd, mask=valid)
-    if HAS_SHIFT:
-        tl.store(tail_ptr + at, factor * tl.sqrt(variance), mask=valid)
+        tl.store(tail_ptr + at, mixing * tl.load(tail_ptr + at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit

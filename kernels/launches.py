@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` at import): slowly, anywhere."""
-    return not isinstance(fused_kernels.survey, triton.JITFunction)
+    return not isinstance(fused_kernels.measure, triton.JITFunction)
 
 
 def column_block(width: int, limit: int) -> int:
@@ -45,7 +45,7 @@ def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: in
     """Tile of the two products, ``measure`` and ``combine``.
 
     128 x 256 with 8 warps is the largest accumulator that leaves registers for the left operand
-    (228 and 254 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
+    (240 and 228 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
     to spread over the multiprocessors.
 
     Args:
@@ -55,7 +55,8 @@ def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: in
         capability: major compute capability.
     """
     if dtype == torch.float32:
-        return Tile(64, column_block(width, 64), 32, num_warps=4, num_stages=3)
+        rows = 64 if capability >= 9 else 32
+        return Tile(rows, column_block(width, 64), 32, num_warps=4, num_stages=3)
     is_small = num_tokens * width <= 64 * 128 * TARGET_PROGRAMS
     if capability >= 9:
         if is_small:
@@ -64,11 +65,6 @@ def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: in
     if is_small:
         return Tile(64, column_block(width, 128), 32, num_warps=4, num_stages=4)
     return Tile(128, column_block(width, 128), 32, num_warps=8, num_stages=4)
-
-
-def survey_tile(dtype: torch.dtype) -> Tile:
-    """Tile of ``survey``, which memory limits: several programs share a multiprocessor."""
-    return Tile(32 if dtype == torch.float32 else 64, 0, 64, num_warps=4, num_stages=3)
 
 
 def num_splits(tile: Tile, width: int, num_tokens: int, num_layers: int) -> int:
@@ -118,7 +114,6 @@ def plan_launches(problem: FusedProblem, capability: int) -> dict[str, Launch]:
     """
     tokens, layers, width = problem.num_tokens, problem.num_layers, problem.width
     tile = product_tile(problem.dtype, width, tokens, capability)
-    look = survey_tile(problem.dtype)
     splits = num_splits(tile, width, tokens, layers)
     precision = {"PRECISION": _dot_precision(problem.dtype)}
     shapes = {"C": width, "HAS_SHIFT": problem.has_shift, **precision}
@@ -126,19 +121,21 @@ def plan_launches(problem: FusedProblem, capability: int) -> dict[str, Launch]:
     columns = logit_columns(layers)
     blocks = triton.cdiv(tokens, tile.rows)
     return {
-        "survey": Launch(
-            (triton.cdiv(tokens, look.rows), layers),
-            {"P": columns, "ROUTER_NORM": problem.router_input_norm, "BM": look.rows, "BK": look.depth}
-            | shapes,
-            look.num_warps,
-            look.num_stages,
+        "measure": Launch(
+            (blocks, layers),
+            {"R": problem.basis_rows, "P": columns, "ROUTER_NORM": problem.router_input_norm, **product},
+            tile.num_warps,
+            tile.num_stages,
         ),
         "route": Launch(
             (triton.cdiv(tokens, ROUTE_ROWS),),
-            {"L": layers, "P": columns, "SOFTMAX": problem.routing == "softmax", "BM": ROUTE_ROWS},
-        ),
-        "measure": Launch(
-            (blocks, layers), {"R": problem.basis_rows, **product}, tile.num_warps, tile.num_stages
+            {
+                "L": layers,
+                "P": columns,
+                "SOFTMAX": problem.routing == "softmax",
+                "HAS_SHIFT": problem.has_shift,
+                "BM": ROUTE_ROWS,
+            },
         ),
         "combine": Launch(
             (blocks * (width // tile.columns), splits),

@@ -89,7 +89,7 @@ class FoldedExperts:
         return self.product.shape[1]
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Operands for inference: experts' matrices in ``dtype``, the rest in float32 (float64 for float64)."""
+        """For inference: experts' matrices in ``dtype``, the rest in float32 (float64 for float64)."""
         exact = torch.promote_types(dtype, torch.float32)
         moved: dict[str, Tensor] = {}
         for field in fields(self):
