@@ -77,7 +77,7 @@ class Tokenizer(nn.Module):
         for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
             if module is not None:
                 module.freeze()
-        tokenizer._prepare_fusion(fusion, torch.device(device), dtype)
+        tokenizer._prepare_fusion(path, fusion, torch.device(device), dtype)
         return tokenizer.to(device=device, dtype=dtype).eval()
 
     def save(
@@ -243,18 +243,22 @@ class Tokenizer(nn.Module):
         if latent == "base" and self.fusion is not None:
             raise LatentError("the statistics describe enriched latents: normalize is not offered for base")
 
-    def _prepare_fusion(self, setting: FusionSetting, device: torch.device, dtype: torch.dtype) -> None:
+    def _prepare_fusion(
+        self, path: Path, setting: FusionSetting, device: torch.device, dtype: torch.dtype
+    ) -> None:
         if self.fusion is None:
             return
         try:
             choice = choose_path(setting, self.fusion.problem(dtype), detect_platform(device))
-            self.fusion.prepare(choice.path, device, dtype)
         except ValueError as exc:
             raise FusionError(str(exc)) from exc
-        is_slow = device.type == "cuda" and choice.path != "triton"
-        logger.log(
-            logging.WARNING if is_slow else logging.INFO, "fusion path %s: %s", choice.path, choice.reason
-        )
+        try:
+            self.fusion.prepare(choice.path, device, dtype)
+        except ValueError as exc:
+            raise CheckpointError(f"{path / 'fusion.safetensors'}: {exc}") from exc
+        fell_back = setting == "auto" and device.type == "cuda" and choice.path != "triton"
+        level = logging.WARNING if fell_back else logging.INFO
+        logger.log(level, "fusion path %s: %s", choice.path, choice.reason)
 
     def _restore_constants(self) -> None:
         """Give the buffers that no checkpoint stores their values after a construction on meta."""
