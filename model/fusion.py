@@ -187,6 +187,7 @@ class Fusion(Freezable):
         if not self.frozen:
             raise ValueError("only a frozen fusion can be prepared for inference")
         assert isinstance(self.mixer, ExpertMixer)
+        device = torch.empty(0, device=device).device  # "cuda" becomes the very device, as tensors name it
         experts = fold_experts(self.mixer.weights(), self.spec)
         fuse: Callable[[Sequence[Tensor]], Fused]
         if path == "triton":
