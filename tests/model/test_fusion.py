@@ -3,6 +3,7 @@
 Shape legend: B batch, N tokens, C width, L fused layers.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -16,21 +17,31 @@ from model.config import EncoderConfig, FusionConfig, fusion_num_parameters
 from model.fusion import Fusion
 
 TINY_ENCODER = EncoderConfig(width=32, depth=4, num_heads=2, image_size=56, position_grid=5)
+KERNEL_ENCODER = TINY_ENCODER.model_copy(update={"width": 64})  # the narrowest that the kernels take
 EPS = TINY_ENCODER.layer_norm_eps
+NEEDS_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU are interpreted")
 PAPER_COUNTS = {128: 2_472_972, 1536: 28_459_020, 3072: 56_807_436, 6144: 113_504_268}
 
 
-def build(randomize, seed: int = 0, **fields) -> Fusion:
+def build(randomize, seed: int = 0, encoder: EncoderConfig = TINY_ENCODER, **fields) -> Fusion:
     config = FusionConfig(**{"num_layers": 4, "hidden_width": 24, "num_heads": 2} | fields)
-    fusion = Fusion(config, TINY_ENCODER)
+    fusion = Fusion(config, encoder)
     randomize(fusion, seed)
     return fusion.eval()
 
 
-def states(depth: int = 4, num_tokens: int = 6, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def prepare(randomize, path: str, dtype: torch.dtype = torch.float32, **fields) -> Fusion:
+    fusion = build(randomize, encoder=KERNEL_ENCODER, **fields).freeze()
+    fusion.prepare(path, torch.device("cpu"), dtype)
+    return fusion.to(dtype)
+
+
+def states(
+    depth: int = 4, num_tokens: int = 6, dtype: torch.dtype = torch.float32, width: int = 32
+) -> list[Tensor]:
     """Hidden states whose mean and scale differ from layer to layer, as a ViT's do."""
     generator = torch.Generator().manual_seed(7)
-    draws = torch.randn(depth, 2, num_tokens, 32, generator=generator)
+    draws = torch.randn(depth, 2, num_tokens, width, generator=generator)
     return [(layer + (1 + layer) * tokens).to(dtype) for layer, tokens in enumerate(draws)]
 
 
@@ -202,3 +213,104 @@ def test_a_new_fusion_starts_near_the_mean_of_the_layers():
     assert torch.equal(base, token_norm(states()[-1], EPS))
     # Not equal: the experts' hidden LayerNorm removes one direction of the 32.
     assert torch.cosine_similarity(fused, mean, dim=-1).min() > 0.8
+
+
+PATHS = ["reference", "folded", pytest.param("triton", marks=NEEDS_INTERPRETER)]
+VARIANTS_OF_EXPERTS = [name for name in VARIANTS if name != "cross_attention"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("variant", VARIANTS_OF_EXPERTS)
+@torch.no_grad()
+def test_every_path_equals_the_definition(path, variant, randomize):
+    fusion = prepare(randomize, path, **VARIANTS[variant])
+    hidden_states = states(width=64)
+    assert fusion.path == path
+    expected = define_fusion(fusion, hidden_states)
+    torch.testing.assert_close(fusion(hidden_states).double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_zero_beta_is_the_base_latent_bit_for_bit_on_every_path(path, randomize):
+    fusion = prepare(randomize, path, beta=0.0)
+    assert fusion.path == path
+    assert torch.equal(fusion(states(width=64)), token_norm(states(width=64)[-1], EPS))
+
+
+@pytest.mark.parametrize("path", ["folded", "triton"])
+def test_only_a_frozen_fusion_can_be_prepared(path, randomize):
+    fusion = build(randomize)
+    with pytest.raises(ValueError, match="only a frozen fusion can be prepared"):
+        fusion.prepare(path, torch.device("cpu"), torch.float32)
+    assert fusion.path == "reference"
+
+
+def test_a_non_finite_weight_cannot_be_prepared(randomize):
+    fusion = build(randomize).freeze()
+    fusion.mixer.experts[2].down.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="expert 2 cannot be folded"):
+        fusion.prepare("folded", torch.device("cpu"), torch.float32)
+    assert fusion.path == "reference"
+
+
+@torch.no_grad()
+def test_preparing_again_replaces_the_path(randomize):
+    fusion = prepare(randomize, "folded")
+    fusion.prepare("reference", torch.device("cpu"), torch.float32)
+    assert fusion.path == "reference"
+
+
+CHANGES = {
+    "unfreeze": lambda fusion, other: fusion.unfreeze(),
+    "load_state_dict": lambda fusion, other: fusion.load_state_dict(other.state_dict()),
+    "assign": lambda fusion, other: fusion.load_state_dict(other.state_dict(), assign=True),
+    "as part of a module": lambda fusion, other: torch.nn.Sequential(fusion).load_state_dict(
+        torch.nn.Sequential(other).state_dict()
+    ),
+    "dtype": lambda fusion, other: fusion.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_of_the_weights_brings_the_definition_back(change, randomize, caplog):
+    fusion, other = prepare(randomize, "folded"), build(randomize, 1, KERNEL_ENCODER)
+    CHANGES[change](fusion, other)
+    assert fusion.path == "reference"
+    assert ("the fusion was moved" in caplog.text) == (change == "dtype")
+    hidden_states = states(width=64, dtype=fusion.last_layer.dtype)
+    expected = define_fusion(fusion, hidden_states)
+    torch.testing.assert_close(fusion(hidden_states).double(), expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_move_to_where_it_is_keeps_the_path(randomize, caplog):
+    fusion = prepare(randomize, "folded").to("cpu").float().requires_grad_(False).eval()
+    assert fusion.path == "folded"
+    assert copy.deepcopy(fusion).path == "folded"
+    assert not caplog.records
+
+
+@torch.no_grad()
+def test_folds_from_full_precision_weights(randomize):
+    """Prepared before the move, the matrices are those of the float32 weights, not of rounded ones."""
+    hidden_states = states(width=64, dtype=torch.bfloat16)
+    expected = define_fusion(build(randomize, encoder=KERNEL_ENCODER), hidden_states)
+
+    def error(fusion: Fusion) -> Tensor:
+        return (fusion(hidden_states).double() - expected).norm() / expected.norm()
+
+    late = prepare(randomize, "reference", torch.bfloat16)
+    late.prepare("folded", torch.device("cpu"), torch.bfloat16)
+    assert error(prepare(randomize, "folded", torch.bfloat16)) < error(late)
+
+
+def test_hidden_states_that_need_gradients_go_through_the_definition(randomize):
+    fusion, definition = prepare(randomize, "folded"), prepare(randomize, "reference")
+    hidden_states = [tokens.requires_grad_() for tokens in states(width=64)]
+    result = fusion(hidden_states)
+    assert torch.equal(result, definition(hidden_states))
+    result.pow(3).sum().backward()
+    assert all(tokens.grad is not None and tokens.grad.any() for tokens in hidden_states)
+    assert all(parameter.grad is None for parameter in fusion.parameters())

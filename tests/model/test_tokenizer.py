@@ -1,12 +1,19 @@
 """The tokenizer's public methods: shapes, options, statistics and refusals."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
+import model.fusion
 from kernels.reference import token_norm
 from model.config import PRESETS
-from model.errors import ImageError, LatentError, ModelError
+from model.errors import FusionError, ImageError, LatentError, ModelError
+from model.pictures import fit_picture, to_srgb, to_tensor, upright
 from model.tokenizer import Tokenizer
+
+SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 def with_statistics(tokenizer: Tokenizer) -> Tokenizer:
@@ -155,3 +162,91 @@ def test_presets_build_and_mini_fits_its_budget(name):
     stored_bytes = 2 * sum(parameter.numel() for parameter in tokenizer.parameters())
     if name == "mini":
         assert stored_bytes <= 48 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("setting", "path"), [("auto", "folded"), ("folded", "folded"), ("reference", "reference")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loads_with_the_fusion_that_is_asked_for(tokenizer, tmp_path, images, setting, path, dtype, caplog):
+    tokenizer.save(tmp_path / "c")
+    loaded = Tokenizer.load(tmp_path / "c", dtype=dtype, fusion=setting)
+    assert loaded.fusion_path == path
+    assert not caplog.records  # nothing is slower than it must be, and no path was lost on the way
+    latents = loaded.encode(images)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(latents.float(), tokenizer.encode(images), atol=tolerance, rtol=0)
+
+
+def test_a_fusion_that_cannot_run_is_refused(tokenizer, tiny_config, tmp_path):
+    tokenizer.save(tmp_path / "experts")
+    with pytest.raises(FusionError, match="fusion=triton cannot run"):
+        Tokenizer.load(tmp_path / "experts", fusion="triton")
+    Tokenizer(tiny_config(mixer="cross_attention")).save(tmp_path / "attention")
+    with pytest.raises(FusionError, match="fusion=folded cannot run: the cross_attention mixer has no exp"):
+        Tokenizer.load(tmp_path / "attention", fusion="folded")
+    assert Tokenizer.load(tmp_path / "attention").fusion_path == "reference"
+
+
+def test_without_fusion_every_setting_is_none(tiny_config, tmp_path):
+    Tokenizer(tiny_config().model_copy(update={"fusion": None})).save(tmp_path / "c")
+    assert Tokenizer.load(tmp_path / "c", fusion="folded").fusion_path == "none"
+
+
+def test_training_a_loaded_tokenizer_uses_the_definition(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "c")
+    loaded = Tokenizer.load(tmp_path / "c")
+    loaded.fusion.unfreeze()
+    assert loaded.fusion_path == "reference"
+
+
+@pytest.fixture(scope="module")
+def photos() -> torch.Tensor:
+    """[3, 3, 256, 256] in [0, 1]."""
+    pictures = [Image.open(file) for file in sorted(SAMPLES.glob("*.jpg"))]
+    return torch.stack([to_tensor(fit_picture(to_srgb(upright(picture)), 256)) for picture in pictures])
+
+
+@pytest.mark.parametrize(
+    ("path", "num_photos"),
+    [
+        ("folded", 3),
+        pytest.param(
+            "triton",
+            1,
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU are interpreted"),
+        ),
+    ],
+)
+def test_paths_agree_on_real_photos(photos, path, num_photos):
+    by_definition, tokenizer = (Tokenizer.load("mini", fusion=setting) for setting in ("reference", path))
+    assert tokenizer.fusion_path == path
+    expected, found = (each.encode(photos[:num_photos]) for each in (by_definition, tokenizer))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokenizer.decode(found), by_definition.decode(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_paths_agree_on_a_gpu(photos, dtype):
+    by_definition = Tokenizer.load("mini", device="cuda", fusion="reference")
+    tokenizer = Tokenizer.load("mini", device="cuda", dtype=dtype)
+    assert tokenizer.fusion_path == "triton"
+    difference = tokenizer.encode(photos).float() - by_definition.encode(photos)
+    assert (
+        difference.norm() <= (1e-4 if dtype == torch.float32 else 0.05) * by_definition.encode(photos).norm()
+    )
+
+
+def test_folds_from_weights_in_full_precision(monkeypatch):
+    folded = []
+
+    def fold(weights, spec):
+        folded.append(weights.up[0].dtype)
+        return fold_experts(weights, spec)
+
+    fold_experts = model.fusion.fold_experts
+    monkeypatch.setattr(model.fusion, "fold_experts", fold)
+    tokenizer = Tokenizer.load("mini", dtype=torch.bfloat16)
+    assert (tokenizer.fusion_path, tokenizer.dtype) == ("folded", torch.bfloat16)
+    assert folded == [torch.float32]
