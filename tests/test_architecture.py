@@ -15,6 +15,7 @@ ALLOWED = {
     "service": {"service", "model", "kernels"},
     "training": {"training", "model", "kernels"},
     "cli": {"cli", "service", "training", "model", "kernels"},
+    "benchmarks": {"benchmarks", "model", "kernels"},
 }
 SOURCES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
