@@ -117,17 +117,17 @@ def folded_bytes(size: FusionSize) -> int:
 
     A layer: norm 2 S, router S, triangle 2.5 S and T R, its norm T R, product 2 S, shift 3 S, norm S, sum
     3 S. Once: start of the sum S, division 2 S, norm 2 S, base 2 S, interpolation 3 S, norm 2 S, output 2 S.
-    A narrower dtype keeps the first norm and what the products read and write, and widens: each layer's
-    tokens for the router 2 S, T R 2 T R, the product 2 S. For more than one image, also the copy that a norm
-    makes of a strided view.
+    A narrower dtype keeps the first norm, the triangle and what the products read and write, and widens
+    each layer's tokens for the router 2 S and the product 2 S. For more than one image, also the copy that a
+    norm makes of a strided view.
     """
     layer, hidden = size.layer_elements, size.num_tokens * size.rows
     matrices = _matrices(size, size.width**2 + size.rows * size.width)
-    narrow = size.num_layers * (int(6.5 * layer) + hidden + size.copied_elements) + layer + matrices
-    wide = size.num_layers * (8 * layer + hidden) + 13 * layer
+    narrow = size.num_layers * (int(6.5 * layer) + 2 * hidden + size.copied_elements) + layer + matrices
+    wide = (8 * size.num_layers + 13) * layer
     if size.element_bytes < FLOAT_BYTES:
-        narrow += size.num_layers * (2 * layer + hidden) + layer
-        wide += size.num_layers * (2 * layer + hidden)
+        narrow += size.num_layers * 2 * layer + layer
+        wide += size.num_layers * 2 * layer
     return narrow * size.element_bytes + wide * FLOAT_BYTES
 
 

@@ -92,12 +92,12 @@ def _weighted_sum(
     deviation_LT1 = variance_LT1.sqrt()
     total_TC = torch.zeros_like(plain[0], dtype=exact)
     for layer, x in enumerate(plain):
-        output = F.linear(x, folded.product[layer]).to(exact)
+        output = F.linear(x, folded.product[layer])
         if folded.product_bias is not None:
-            output += folded.product_bias[layer]
+            output = output + folded.product_bias[layer]
         if folded.shift is not None:
-            output.addcmul_(deviation_LT1[layer], folded.shift[layer])
-        inverse_norm = torch.rsqrt(_squared_norm(output) / folded.width + floor_LT1[layer])
+            output = output.to(exact).addcmul_(deviation_LT1[layer], folded.shift[layer])
+        inverse_norm = torch.rsqrt(_squared_norm(output, exact) / folded.width + floor_LT1[layer])
         total_TC.addcmul_(output, inverse_norm * router_weights[:, layer : layer + 1])
     return total_TC
 
@@ -110,13 +110,13 @@ def _hidden_energy(x: Tensor, folded: FoldedExperts, layer: int) -> Tensor:
     norms = []
     for start in range(0, hidden.shape[0], block):
         rows = slice(start, start + block)
-        projected = F.linear(x[:, start:], hidden[rows, start:]).to(exact)
+        projected = F.linear(x[:, start:], hidden[rows, start:])
         if folded.hidden_bias is not None:
             projected = projected + folded.hidden_bias[layer, rows]
-        norms.append(torch.linalg.vector_norm(projected, dim=-1))
-    return _squared_norm(torch.stack(norms, dim=-1))
+        norms.append(torch.linalg.vector_norm(projected, dim=-1, dtype=exact))
+    return _squared_norm(torch.stack(norms, dim=-1), exact)
 
 
-def _squared_norm(tokens: Tensor) -> Tensor:
-    """``|t|^2`` over the last dimension, kept: one pass, no squared copy."""
-    return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).square_()
+def _squared_norm(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """``|t|^2`` over the last dimension, kept, summed in ``dtype``: one pass, no squared or widened copy."""
+    return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=dtype).square_()

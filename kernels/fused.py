@@ -33,8 +33,7 @@ class PackedExperts:
     constants: Tensor  # [L, 3]: hidden_scale, output_eps, |shift|^2
     product: Tensor  # [L, C, C]
     shift: Tensor  # [L, C], empty where no expert has one
-    cross: Tensor  # [L, C], product^T shift
-    cross_sum: Tensor  # [L]
+    cross: Tensor  # [L, C], product^T shift; its sum is zero, so that a token's mean does not matter
     router: Tensor  # [L, P, C]
     router_sum: Tensor  # [L, P], sums of the rounded rows
     router_bias: Tensor  # [P]
@@ -98,7 +97,6 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
         product=matrix(folded.product),
         shift=vector(shift if folded.shift is not None else shift[:0]),
         cross=vector(cross),
-        cross_sum=vector(cross.sum(dim=1)),
         router=matrix(router),
         router_sum=vector(router.double().sum(dim=2)),
         router_bias=vector(bias),
@@ -183,7 +181,7 @@ def _fuse_layers(
     partial = scratch(plan["finish"].constants["SPLITS"], num_tokens, width)
     states = tuple(hidden_states)
     where = (num_tokens, tokens_per_image, state.stride(0), state.stride(1))
-    router = (packed.router, packed.router_sum, packed.cross, packed.cross_sum)
+    router = (packed.router, packed.router_sum, packed.cross)
     basis = (packed.basis, packed.basis_sum, packed.basis_energy, packed.constants)
 
     def launch(name: str, *arguments: Any) -> None:

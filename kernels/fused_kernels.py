@@ -63,7 +63,6 @@ def measure(
     router_ptr,  # [L, P, C]
     router_sum_ptr,  # [L, P]
     cross_ptr,  # [L, C]
-    cross_sum_ptr,  # [L]
     basis_ptr,  # [L, R, C]
     basis_sum_ptr,  # [L, R]
     basis_energy_ptr,  # [L, R]
@@ -152,8 +151,7 @@ def measure(
     variance = hidden_energy * tl.load(constants_ptr + 3 * layer) + hidden_eps
     energy = product_energy
     if HAS_SHIFT:
-        cross = rstd * (cross - deviation * tl.load(cross_sum_ptr + layer))
-        energy += 2 * tl.sqrt(variance) * cross + variance * tl.load(constants_ptr + 3 * layer + 2)
+        energy += 2 * tl.sqrt(variance) * rstd * cross + variance * tl.load(constants_ptr + 3 * layer + 2)
     floor = variance * tl.load(constants_ptr + 3 * layer + 1)
     inverse_norm = tl.rsqrt(tl.maximum(energy, 0.0) / C + floor)
     tl.store(scale_ptr + at, inverse_norm * rstd, mask=valid)

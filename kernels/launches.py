@@ -45,7 +45,7 @@ def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: in
     """Tile of the two products, ``measure`` and ``combine``.
 
     128 x 256 with 8 warps is the largest accumulator that leaves registers for the left operand
-    (240 and 228 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
+    (241 and 228 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
     to spread over the multiprocessors.
 
     Args:
