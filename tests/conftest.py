@@ -120,8 +120,9 @@ class FusionCase:
         return float((difference.norm(dim=-1) / expected.norm(dim=-1)).median())
 
     def _generator(self, purpose: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """Normal deviates, and powers of ten by ``spread``, seeded by the whole case."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self} {purpose}".encode()))
+        """Normal deviates, and powers of ten by ``spread``; seeded by the case, alike on every device."""
+        description = f"{replace(self, device='cpu')} {purpose}"
+        generator = torch.Generator().manual_seed(zlib.crc32(description.encode()))
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
