@@ -113,8 +113,15 @@ class FusionCase:
         """``|found - expected| / |expected|``, the larger of tokens' and router weights'."""
         return max(relative_error(f, e) for f, e in zip(found, self.expected, strict=True))
 
+    def router_error(self, found: Fused) -> float:
+        """``|found - expected| / |expected|`` of the router weights alone."""
+        return relative_error(found.router_weights, self.expected.router_weights)
+
     def median_token_error(self, found: Fused) -> float:
-        """The same of a typical token: single tokens whose layers cancel have errors of any size."""
+        """The median over tokens of ``|found - expected| / |expected|``.
+
+        A single token may have an error of any size: one whose layers cancel.
+        """
         expected = self.expected.tokens
         difference = found.tokens.double() - expected
         return float((difference.norm(dim=-1) / expected.norm(dim=-1)).median())

@@ -138,6 +138,14 @@ def test_hard_inputs(build, dtype, tolerance, outlier, mean, spread):
 
 
 @each_dtype
+@pytest.mark.parametrize("width", [64, 192])
+def test_statistics_of_tokens_far_from_zero(build, dtype, tolerance, width):
+    case = build(width=width, mean=1e3, dtype=dtype)
+    limit = 500 * tolerance if dtype == torch.float32 else case.router_error(case.unfolded)
+    assert case.router_error(fuse(case)) <= limit
+
+
+@each_dtype
 @pytest.mark.parametrize("has_shift", [True, False])
 def test_zero_variance_tokens(build, dtype, tolerance, has_shift):
     case = build(has_shift=has_shift, dtype=dtype)
