@@ -113,7 +113,8 @@ def _matrix_instruction(ptx: str) -> str:
 def main() -> int:
     """Command line; prints a table, or JSON."""
     parser = argparse.ArgumentParser(
-        description="Registers, spills and shared memory of the fused operator, compiled without a GPU."
+        prog="python -m kernels.resources",
+        description="Registers, spills and shared memory of the fused operator, compiled without a GPU.",
     )
     parser.add_argument("--capability", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=[80, 90])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
