@@ -15,6 +15,7 @@ from kernels import fused_kernels
 ROUTE_ROWS = 64
 FINISH_ROWS = 4
 MAX_COLUMNS = 256  # widest tile of a product
+HOPPER = 9  # major compute capability; its tiles need up to 147 of its 227 KiB of shared memory a program
 TARGET_PROGRAMS = 128  # about the multiprocessors of an A100 (108) and an H100 (132)
 
 
@@ -45,8 +46,8 @@ def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: in
     """Tile of the two products, ``measure`` and ``combine``.
 
     128 x 256 with 8 warps is the largest accumulator that leaves registers for the left operand
-    (241 and 228 of 255 on sm_90, none spilled); sm_80 holds half of it. Few tokens take small tiles,
-    to spread over the multiprocessors.
+    (241 and 228 of 255 on sm_90, none spilled); other GPUs get half of it, which fits 99 KiB. Few tokens
+    take small tiles, to spread over the multiprocessors.
 
     Args:
         dtype: of hidden states and matrices.
@@ -55,10 +56,10 @@ def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: in
         capability: major compute capability.
     """
     if dtype == torch.float32:
-        rows = 64 if capability >= 9 else 32
+        rows = 64 if capability == HOPPER else 32
         return Tile(rows, column_block(width, 64), 32, num_warps=4, num_stages=3)
     is_small = num_tokens * width <= 64 * 128 * TARGET_PROGRAMS
-    if capability >= 9:
+    if capability == HOPPER:
         if is_small:
             return Tile(64, column_block(width, 128), 64, num_warps=4, num_stages=4)
         return Tile(128, column_block(width, MAX_COLUMNS), 64, num_warps=8, num_stages=3)
