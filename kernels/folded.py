@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
-from kernels.reference import correct, energy_aggregate, token_norm
+from kernels.reference import aggregate, correct, token_norm
 
 # The hidden factor is upper triangular. In four row blocks that each skip the zero columns on their
 # left it costs 5/8 of a full product; more blocks save little and make the products thin.
@@ -45,10 +45,7 @@ def fuse_layers(hidden_states: Sequence[Tensor], folded: FoldedExperts, spec: Fu
         total_BNC *= folded.norm_weight
     if folded.norm_bias is not None:
         total_BNC.addcmul_(router_weights.sum(dim=-1, keepdim=True), folded.norm_bias)
-    if spec.routing == "softmax":
-        fused = token_norm(total_BNC, spec.norm_eps, *affine)
-    else:
-        fused = energy_aggregate(total_BNC, router_weights, spec.energy_eps, spec.norm_eps, *affine)
+    fused = aggregate(total_BNC, router_weights, spec, *affine)
     base = token_norm(hidden_states[-1].to(total_BNC.dtype), spec.norm_eps, *affine)
     return Fused(correct(base, fused, spec, *affine).to(hidden_states[0].dtype), router_weights)
 

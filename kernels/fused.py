@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import fused_kernels
 from kernels.dispatch import KERNEL_DTYPES, shape_obstacle
-from kernels.launches import MAX_COLUMNS, FusedProblem, column_block, logit_columns, plan_launches
+from kernels.launches import FusedProblem, logit_columns, padded_basis_rows, plan_launches
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
 
 
@@ -68,7 +68,7 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
         raise ValueError(reason)
     _, singular_values, rotation = torch.linalg.svd(folded.factor, full_matrices=False)
     basis = (rotation @ folded.hidden).to(dtype)
-    padding = -basis.shape[1] % column_block(folded.width, MAX_COLUMNS)
+    padding = padded_basis_rows(basis.shape[1], folded.width) - basis.shape[1]
     basis = torch.nn.functional.pad(basis, (0, 0, 0, padding))
     energy = torch.nn.functional.pad(singular_values.square(), (0, padding))
 

@@ -42,6 +42,12 @@ def column_block(width: int, limit: int) -> int:
     return block
 
 
+def padded_basis_rows(num_rows: int, width: int) -> int:
+    """Rows of a basis padded to whole tiles, for whichever tile will read it."""
+    block = column_block(width, MAX_COLUMNS)
+    return int(triton.cdiv(num_rows, block)) * block
+
+
 def product_tile(dtype: torch.dtype, width: int, num_tokens: int, capability: int) -> Tile:
     """Tile of the two products, ``measure`` and ``combine``.
 

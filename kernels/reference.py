@@ -70,9 +70,7 @@ def mix_experts(
     for layer, (tokens, expert) in enumerate(zip(normalized, experts, strict=True)):
         output = token_norm(expert_output(tokens, *expert, spec.hidden_norm_eps), spec.norm_eps, *affine)
         total_BNC = total_BNC + router_weights[..., layer : layer + 1] * output
-    if spec.routing == "softmax":
-        return token_norm(total_BNC, spec.norm_eps, *affine)
-    return energy_aggregate(total_BNC, router_weights, spec.energy_eps, spec.norm_eps, *affine)
+    return aggregate(total_BNC, router_weights, spec, *affine)
 
 
 def expert_output(
@@ -80,6 +78,19 @@ def expert_output(
 ) -> Tensor:
     """``y = down LayerNorm_H(up x; gain, shift)``, [..., C] to the same, without biases or activation."""
     return F.linear(F.layer_norm(F.linear(tokens, up), gain.shape, gain, shift, eps), down)
+
+
+def aggregate(
+    weighted_sum: Tensor,
+    weights: Tensor,
+    spec: FusionSpec,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    """z_fuse from ``sum_k w_k h_k`` and w by the configured routing, [B, N, C]."""
+    if spec.routing == "softmax":
+        return token_norm(weighted_sum, spec.norm_eps, norm_weight, norm_bias)
+    return energy_aggregate(weighted_sum, weights, spec.energy_eps, spec.norm_eps, norm_weight, norm_bias)
 
 
 def energy_aggregate(

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from kernels import fused_kernels
 from kernels.dispatch import shape_obstacle
-from kernels.launches import FusedProblem, Launch, column_block, is_interpreted, plan_launches
+from kernels.launches import FusedProblem, Launch, is_interpreted, padded_basis_rows, plan_launches
 
 MATRICES = ("router_ptr", "basis_ptr", "product_ptr", "last_state_ptr", "out_ptr")
 TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -128,12 +128,11 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: the kernels are interpreted, not compiled")
     if reason := shape_obstacle(arguments.width, arguments.layers):
         parser.error(reason)
-    block = column_block(arguments.width, 256)
     problem = FusedProblem(
         num_tokens=arguments.tokens,
         num_layers=arguments.layers,
         width=arguments.width,
-        basis_rows=triton.cdiv(min(arguments.hidden_width, arguments.width), block) * block,
+        basis_rows=padded_basis_rows(min(arguments.hidden_width, arguments.width), arguments.width),
         dtype=getattr(torch, arguments.dtype),
     )
     rows = [row for capability in arguments.capability for row in compile_kernels(problem, capability)]
