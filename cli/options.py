@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from cli.errors import UsageError
@@ -47,7 +47,7 @@ def add_settings(parser: argparse.ArgumentParser, fields: Collection[str] | None
     for name, field in Settings.model_fields.items():
         if fields is not None and name not in fields:
             continue
-        description = f"{field.description} (default {field.default}; {ENV_PREFIX}{name.upper()})"
+        description = f"{field.description} (default {_shown(field.default)}; {ENV_PREFIX}{name.upper()})"
         group.add_argument(
             _flag(name),
             dest=f"setting_{name}",
@@ -81,6 +81,10 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 
 def _flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
+
+
+def _shown(default: object) -> str:
+    return str(default or "none") if isinstance(default, tuple | str | SecretStr | None) else str(default)
 
 
 def _kind(name: str, field: FieldInfo) -> dict[str, Any]:

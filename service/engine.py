@@ -272,7 +272,7 @@ class ThreadEngine:
             self._count(ticket, "cancelled")
             return False
         now_s = time.monotonic()
-        self._metrics.queue_wait_seconds.observe(now_s - ticket.enqueued_s)
+        self._metrics.queue_seconds.labels(ticket.item.key.operation).observe(now_s - ticket.enqueued_s)
         if now_s >= ticket.deadline_s:
             self._count(ticket, "expired")
             ticket.future.set_exception(
@@ -286,7 +286,7 @@ class ThreadEngine:
         key = tickets[0].item.key
         started_s = time.monotonic()
         results = compute(self._tokenizer, key, torch.stack([ticket.item.tensor for ticket in tickets]))
-        self._metrics.batch_seconds.labels(key.operation).observe(time.monotonic() - started_s)
+        self._metrics.device_seconds.labels(key.operation).observe(time.monotonic() - started_s)
         self._metrics.batch_items.labels(key.operation).observe(len(tickets))
         return results
 

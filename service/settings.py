@@ -6,10 +6,11 @@ bounds and a description that names the unit.
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, PositiveInt, SecretStr, StringConstraints, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels.dispatch import FusionSetting
 
@@ -34,7 +35,8 @@ class Settings(BaseSettings):
     device: str = Field(
         "auto",
         pattern=DevicePattern,
-        description="Where the model runs: auto (a GPU if any), cpu, cuda or cuda:N.",
+        description="Where the model runs: auto (every visible GPU, else the CPU), cpu, cuda (every visible "
+        "GPU) or cuda:N.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Type of the model's weights and activations."
@@ -44,12 +46,37 @@ class Settings(BaseSettings):
         description="What computes the fusion: auto (what suits device and model), triton (GPU kernels), "
         "folded (PyTorch, experts folded) or reference (PyTorch, the definition).",
     )
+    cpu_workers: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Batches that a CPU computes side by side; 0 takes one a core, at most 4. "
+        "On GPUs there is one engine a device.",
+    )
+    cpu_threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Cores that a CPU's workers share out among them; 0 takes all this process may use.",
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="Most items that go through the model at once.")
+    batch_buckets: Annotated[tuple[PositiveInt, ...], NoDecode] = Field(
+        (),
+        description="Sizes that batches are padded to, ascending and separated by commas, the last of them "
+        "batch_size; empty takes 1, 2, 3, 4, 6, 8, 12, 16, ... up to it.",
+    )
     host: NonEmptyText = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(
         8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level that is logged."
+    max_connections: int = Field(
+        2048, ge=1, le=2**20, description="Most open connections; further ones are closed at once."
+    )
+    keep_alive_timeout_s: int = Field(
+        75, ge=1, le=3600, description="How long an idle connection stays open, seconds."
+    )
+    header_timeout_s: float = Field(
+        10.0, gt=0, le=3600, description="How long a client may take to send a request's headers, seconds."
     )
     max_body_bytes: int = Field(
         64 * 2**20, ge=1024, le=2**33, description="Largest request body, bytes; larger ones get 413."
@@ -66,29 +93,97 @@ class Settings(BaseSettings):
         le=1000,
         description="Largest ratio of an image's long side to its short side; beyond it 422.",
     )
+    max_frames: int = Field(
+        1000,
+        ge=1,
+        le=10**6,
+        description="Most frames of an animation or pages of a TIFF, of which the first is taken; "
+        "more get 413.",
+    )
     max_items_per_request: int = Field(
         64, ge=1, le=4096, description="Most images or latents in one request; more get 413."
     )
     queue_limit_items: int = Field(
-        256, ge=1, le=65536, description="Most items that wait for the model; beyond it requests get 429."
+        256,
+        ge=1,
+        le=65536,
+        description="Most items that are accepted and not yet answered; beyond it requests get 429.",
+    )
+    queue_limit_bytes: int = Field(
+        512 * 2**20,
+        ge=1024,
+        le=2**40,
+        description="Most bytes of request bodies held at once; beyond it requests get 429.",
     )
     request_timeout_s: float = Field(
         60.0,
         gt=0,
         le=3600,
-        description="Deadline of a request from its first byte to its answer, seconds; 504 after.",
+        description="Deadline of a request from its first byte to its answer, seconds, where its "
+        "X-Request-Timeout header names none; 504 after.",
     )
-    batch_size: int = Field(8, ge=1, le=4096, description="Most items that go through the model at once.")
+    max_request_timeout_s: float = Field(
+        300.0, gt=0, le=3600, description="Longest deadline that X-Request-Timeout can ask for, seconds."
+    )
     num_io_threads: int = Field(
         4,
         ge=1,
         le=256,
-        description="Threads that decode images and write answers, beside the model's own thread.",
+        description="Threads that decode images and write answers, beside the model's own threads.",
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, le=3600, description="How long a stopping service waits for requests in flight, seconds."
+        30.0,
+        ge=0,
+        le=3600,
+        description="How long a stopping service works on what it accepted, seconds; the rest gets 503.",
     )
-    retry_after_s: int = Field(1, ge=1, le=3600, description="Retry-After of 429 and 503 answers, seconds.")
+    hang_timeout_s: float = Field(
+        8.0,
+        gt=0,
+        le=3600,
+        description="How long one batch may take before the engine counts as hung, seconds; the service "
+        "then answers 503 and exits with status 3.",
+    )
+    retry_after_s: int = Field(
+        1,
+        ge=1,
+        le=3600,
+        description="Retry-After of 503 answers, seconds, and the least of 429 answers, whose own follows "
+        "from the measured rate.",
+    )
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Keys of which clients send one as a bearer token, separated by commas; "
+        "none leave the service open.",
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="File of further keys, one a line, # begins a comment; read again when it changes.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose web pages may call the service, separated by commas, or *; "
+        "none by default.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is logged."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Form of the log on stderr: text, or one JSON object a line."
+    )
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^$|^https?://",
+        description="OpenTelemetry collector that traces are sent to (OTLP over HTTP), such as "
+        "http://collector:4318; none where empty. Needs the extra drorae[otel].",
+    )
+
+    @field_validator("batch_buckets", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,7 +192,35 @@ class Settings(BaseSettings):
                 f"max_items_per_request={self.max_items_per_request} exceeds "
                 f"queue_limit_items={self.queue_limit_items}: such a request could never be queued"
             )
+        if self.max_body_bytes > self.queue_limit_bytes:
+            raise ValueError(
+                f"max_body_bytes={self.max_body_bytes} exceeds queue_limit_bytes={self.queue_limit_bytes}: "
+                "such a request could never be accepted"
+            )
+        if self.request_timeout_s > self.max_request_timeout_s:
+            raise ValueError(
+                f"request_timeout_s={self.request_timeout_s:g} exceeds "
+                f"max_request_timeout_s={self.max_request_timeout_s:g}, the longest deadline there is"
+            )
+        buckets = self.batch_buckets
+        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != self.batch_size):
+            raise ValueError(
+                f"batch_buckets={','.join(map(str, buckets))} must ascend and end in "
+                f"batch_size={self.batch_size}"
+            )
         return self
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Sizes that batches are padded to, ascending; the last is ``batch_size``."""
+        return self.batch_buckets or default_buckets(self.batch_size)
+
+
+def default_buckets(batch_size: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to ``batch_size``: at most a third of a batch is padding."""
+    powers = [2**exponent for exponent in range(batch_size.bit_length())]
+    steps = {size for power in powers for size in (power, power * 3 // 2)}
+    return tuple(sorted({size for size in steps if size < batch_size} | {batch_size}))
 
 
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:

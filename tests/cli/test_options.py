@@ -22,7 +22,8 @@ def test_serve_has_a_flag_for_every_setting_with_its_variable_and_default(run):
     words = " ".join(run("serve", "--help").out.split())
     for name, field in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')} " in words
-        assert f"(default {field.default}; DRORAE_{name.upper()})" in words
+        default = field.default if field.default or field.default == 0 else "none"
+        assert f"(default {default}; DRORAE_{name.upper()})" in words
         assert field.description in words
 
 
@@ -37,24 +38,42 @@ def test_every_flag_reaches_its_setting(run, served):
         "device": "cuda:1",
         "dtype": "bfloat16",
         "fusion": "folded",
+        "cpu_workers": 2,
+        "cpu_threads": 3,
+        "batch_size": 2,
+        "batch_buckets": "1,2",
         "host": "0.0.0.0",
         "port": 9,
-        "log_level": "debug",
+        "max_connections": 10,
+        "keep_alive_timeout_s": 11,
+        "header_timeout_s": 1.25,
         "max_body_bytes": 4096,
         "max_image_pixels": 5,
         "max_aspect_ratio": 2.5,
+        "max_frames": 12,
         "max_items_per_request": 3,
         "queue_limit_items": 4,
+        "queue_limit_bytes": 5000,
         "request_timeout_s": 1.5,
-        "batch_size": 2,
+        "max_request_timeout_s": 2.5,
         "num_io_threads": 6,
         "drain_timeout_s": 0.5,
+        "hang_timeout_s": 3.5,
         "retry_after_s": 8,
+        "api_keys": "one,two",
+        "api_keys_file": "/keys",
+        "cors_origins": "https://a.example,https://b.example",
+        "log_level": "debug",
+        "log_format": "json",
+        "otlp_endpoint": "http://collector:4318",
     }
     assert set(given) == set(Settings.model_fields)
     flags = [str(part) for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
     run("serve", *flags)
-    assert served[0].model_dump() == given
+    received = served[0].model_dump(mode="json") | {"api_keys": served[0].api_keys.get_secret_value()}
+    assert {
+        name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in received.items()
+    } == given
 
 
 def test_flags_win_over_the_environment(run, served, monkeypatch):

@@ -1,5 +1,7 @@
 """Settings: every field documented and bounded, the environment read with a prefix."""
 
+import itertools
+
 import pytest
 from pydantic import ValidationError
 
@@ -41,6 +43,27 @@ def test_settings_are_frozen_and_closed() -> None:
         Settings(prot=1)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("batch_size", range(1, 200))
+def test_default_buckets_waste_at_most_a_third(batch_size: int) -> None:
+    buckets = Settings(batch_size=batch_size).buckets
+    assert buckets[0] == 1
+    assert buckets[-1] == batch_size
+    for smaller, larger in itertools.pairwise(buckets):
+        assert smaller < larger
+        assert larger - smaller - 1 <= larger / 3
+
+
+def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRORAE_BATCH_BUCKETS", "1, 4,8")
+    monkeypatch.setenv("DRORAE_CORS_ORIGINS", "https://a.example,")
+    assert Settings().buckets == (1, 4, 8)
+    assert Settings().cors_origins == ("https://a.example",)
+
+
+def test_keys_do_not_show() -> None:
+    assert "secret" not in repr(Settings(api_keys="secret"))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -52,6 +75,12 @@ def test_settings_are_frozen_and_closed() -> None:
         {"batch_size": 0},
         {"checkpoint": " "},
         {"max_items_per_request": 100, "queue_limit_items": 99},
+        {"max_body_bytes": 4096, "queue_limit_bytes": 4095},
+        {"request_timeout_s": 301},
+        {"batch_size": 8, "batch_buckets": "1,4"},
+        {"batch_size": 8, "batch_buckets": "4,1,8"},
+        {"batch_buckets": "0,8"},
+        {"otlp_endpoint": "collector:4317"},
     ],
 )
 def test_impossible_values_are_refused(bad: dict[str, object]) -> None:
