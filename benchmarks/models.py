@@ -23,7 +23,7 @@ from benchmarks.counting import (
 from benchmarks.runner import Setup, UnavailableError
 from benchmarks.timing import Call
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
-from model.capture import CapturedEncode
+from model.capture import CapturedBuckets
 from model.config import TokenizerConfig
 from model.fusion import Fusion
 from model.interop import decoder_state_from_diffusers, encoder_state_from_transformers
@@ -234,7 +234,9 @@ def _encode_compiled(latent: LatentKind) -> Callable[[Models, Inputs, Setup], Ca
 def _encode_graph(latent: LatentKind) -> Callable[[Models, Inputs, Setup], Call]:
     def build(models: Models, inputs: Inputs, setup: Setup) -> Call:
         tokenizer = _with_fusion(models, "auto", setup)
-        encode = CapturedEncode(tokenizer, buckets=(len(inputs.images),), latent=latent)
+        encode = CapturedBuckets(
+            lambda images: tokenizer.encode(images, latent), inputs.images, (len(inputs.images),)
+        )
         return lambda: encode(inputs.images)
 
     return build

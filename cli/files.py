@@ -45,7 +45,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def image_rules(settings: Settings, side: int, fit: Fit) -> ImageRules:
     """The service's rules for images, at the model's size."""
-    return ImageRules(side, settings.max_image_pixels, settings.max_aspect_ratio, fit)
+    return ImageRules(side, settings.max_image_pixels, settings.max_aspect_ratio, settings.max_frames, fit)
 
 
 def find_photos(folder: Path, excluded: Path | None = None) -> list[Path]:
@@ -90,7 +90,7 @@ def read_photo(path: Path, rules: ImageRules) -> Tensor:
     """
     data = read_file(path)
     try:
-        return read_image(data, rules)
+        return read_image(data, rules).float() / 255
     except ServiceError as exc:
         raise UsageError(f"{path}: {exc.detail}") from exc
 

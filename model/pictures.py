@@ -137,7 +137,12 @@ def fitted_size(width: int, height: int, side: int, fit: Fit) -> tuple[int, int]
 
 def to_tensor(picture: Image.Image) -> Tensor:
     """An RGB picture to [3, H, W] float32 in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255).contiguous()
+    return to_byte_tensor(picture).float().div(255).contiguous()
+
+
+def to_byte_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture to [3, H, W] uint8: a view, whose pixels stay interleaved as the picture has them."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ class Tokenizer(nn.Module):
         """Tokenize images.
 
         Args:
-            images: [B, 3, S, S] in [0, 1], S = ``config.image_size``; moved to the tokenizer's device.
+            images: [B, 3, S, S], floating point in [0, 1] or uint8, S = ``config.image_size``; moved to the
+                tokenizer's device.
             latent: ``enriched`` (z_final) or ``base`` (z_base, the plain last layer).
             normalize: subtract the mean and divide by the deviation of each position.
 
@@ -145,7 +146,7 @@ class Tokenizer(nn.Module):
         self._check_images(images)
         if normalize:
             self._check_normalizable(latent)
-        tokens = self.tokens(images.to(device=self.device, dtype=self.dtype), latent)
+        tokens = self.tokens(self._unit_range(images), latent)
         latents = tokens.transpose(1, 2).unflatten(2, self.config.latent_shape[1:])
         return self.normalize_latents(latents) if normalize else latents.contiguous()
 
@@ -164,14 +165,12 @@ class Tokenizer(nn.Module):
             LatentError: wrong shape, dtype or a non-finite value; ``normalize`` without statistics.
         """
         self._check_latents(latents)
-        latents = latents.to(device=self.device, dtype=self.dtype)
         if normalize:
             self._check_normalizable("enriched")
-            latents = self.denormalize_latents(latents)
-        return self.decoder(latents.flatten(2).transpose(1, 2)).clamp(0, 1)
+        return self.pixels(latents.to(device=self.device, dtype=self.dtype), normalize)
 
     def reconstruct(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
-        """``decode(encode(images))``: [B, 3, S, S] in [0, 1] to the same."""
+        """``decode(encode(images))``: images as for `encode` to [B, 3, S, S] in [0, 1]."""
         return self.decode(self.encode(images, latent))
 
     def tokens(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
@@ -180,6 +179,12 @@ class Tokenizer(nn.Module):
         if latent == "base" or self.fusion is None:
             return token_norm(hidden_states[-1], self.config.encoder.layer_norm_eps)
         return self.fusion(hidden_states)
+
+    def pixels(self, latents: Tensor, normalize: bool = False) -> Tensor:
+        """Differentiable, unchecked decode: latents [B, C, h, w] to images [B, 3, S, S] in [0, 1]."""
+        if normalize:
+            latents = self.denormalize_latents(latents)
+        return self.decoder(latents.flatten(2).transpose(1, 2)).clamp(0, 1)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize [B, 3, S, S] in [0, 1] to the encoder's input (bicubic, as RAE) and normalise it."""
@@ -221,8 +226,13 @@ class Tokenizer(nn.Module):
         side = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ImageError(f"images have shape {list(images.shape)}, expected [B, 3, {side}, {side}]")
-        if not images.is_floating_point():
-            raise ImageError(f"images have dtype {images.dtype}, expected floating point in [0, 1]")
+        if not images.is_floating_point() and images.dtype != torch.uint8:
+            raise ImageError(f"images have dtype {images.dtype}, expected uint8, or floats in [0, 1]")
+
+    def _unit_range(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S], floats or bytes, on the tokenizer's device, in its dtype and in [0, 1]."""
+        unit = images.to(self.device).to(self.dtype, memory_format=torch.contiguous_format)
+        return unit / 255 if images.dtype == torch.uint8 else unit
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.config.latent_shape:

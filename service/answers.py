@@ -8,7 +8,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,6 +24,7 @@ from service.engine import dtype_name
 from service.errors import OptionError
 from service.images import PictureFormat, write_picture
 from service.negotiation import JPEG, JSON, NPY, PICTURE_MEDIA_TYPES, PNG, RAW, SAFETENSORS, WEBP, ZIP
+from service.runner import collate
 from service.schemas import (
     EncodeOptions,
     FloatName,
@@ -114,7 +115,7 @@ def pictures_answer(
     media_type: str,
     options: PictureOutOptions,
     origin: Origin,
-    originals: Tensor | None = None,
+    originals: Sequence[Tensor] = (),
 ) -> Response:
     """Pictures [N, 3, S, S] in [0, 1] as a response.
 
@@ -123,7 +124,8 @@ def pictures_answer(
         media_type: as negotiated; several pictures under an image type become a zip of that type.
         options: type, range and layout of picture tensors.
         origin: which model made them.
-        originals: as ``pictures``; when given, a JSON answer says how close the two are.
+        originals: images [3, S, S], uint8 or in [0, 1]; when given, a JSON answer says how close the two
+            are.
     """
     if media_type in (SAFETENSORS, NPY, RAW):
         return _tensor_answer("images", picture_tensor(pictures, options), media_type, origin.metadata())
@@ -179,7 +181,7 @@ def _json_pictures(
     picture_format: PictureFormat,
     origin: Origin,
     pictures: Tensor,
-    originals: Tensor | None,
+    originals: Sequence[Tensor],
 ) -> Response:
     document = PicturesOut(
         model=origin.model,
@@ -187,12 +189,14 @@ def _json_pictures(
         image_format="jpeg" if picture_format == "jpeg" else "png",
         images=[base64.b64encode(file).decode("ascii") for file in files],
     )
-    if originals is not None:
-        decibels = psnr(pictures, originals).tolist()
+    if originals:
+        exact = collate(originals)
+        exact = exact.float() / 255 if exact.dtype == torch.uint8 else exact
+        decibels = psnr(pictures, exact).tolist()
         document = ReconstructionsOut(
             **document.model_dump(),
             psnr=[value if math.isfinite(value) else None for value in decibels],
-            ssim=ssim(pictures, originals).tolist(),
+            ssim=ssim(pictures, exact).tolist(),
         )
     return Response(document.model_dump_json(), media_type=JSON)
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
-from service.engine import ThreadEngine, load_tokenizer
+from service.engine import Engine, Load, load_tokenizer
 from service.errors import install_handlers
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
@@ -28,7 +28,7 @@ def create_app(
     settings: Settings,
     tokenizer: Tokenizer | None = None,
     *,
-    load: Callable[[Settings], Tokenizer] = load_tokenizer,
+    load: Load = load_tokenizer,
     on_failure: Callable[[], None] | None = None,
 ) -> FastAPI:
     """Build the application; the model loads in the background once the server starts it.
@@ -40,7 +40,7 @@ def create_app(
         on_failure: called, in the engine's thread, when loading failed.
     """
     metrics = Metrics()
-    engine = ThreadEngine(
+    engine = Engine(
         settings, metrics, load=load if tokenizer is None else lambda _: tokenizer, on_failure=on_failure
     )
     pipeline = Pipeline(settings, engine, metrics)

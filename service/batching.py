@@ -1,21 +1,21 @@
-"""Items, and the bounded queue that groups compatible ones into batches.
+"""Jobs, and the queue that groups their items into batches.
 
-Requests are split into items, one image or latent each, so that items of different requests can
-share a batch. The queue is the only thing that request handlers and the model's thread share.
+A request becomes a `Job` of items, one image or latent each, so that items of different requests can
+share a batch. The queue is all that request handlers and the engines' threads share.
 """
 
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from model.tokenizer import LatentKind
-from service.errors import QueueFullError
 
 
 class Operation(StrEnum):
@@ -41,84 +41,144 @@ class BatchKey:
     normalize: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One unit of work: an image [3, S, S] in [0, 1], or a latent [C, h, w]; float32, on the CPU."""
+@dataclass
+class JobTimes:
+    """When a job's last item was where (`time.monotonic`, seconds); 0 until then."""
 
-    key: BatchKey
-    tensor: Tensor
+    enqueued_s: float = field(default_factory=time.monotonic)
+    taken_s: float = 0.0
+    started_s: float = 0.0
+    finished_s: float = 0.0
+
+
+class Job:
+    """One request's items on their way through the engines.
+
+    Args:
+        key: what is done with the items.
+        inputs: images [3, S, S], uint8 or float32 in [0, 1], or latents [C, h, w] float32; on the CPU.
+        deadline_s: on the clock of `time.monotonic`; items not begun by then are not begun.
+
+    Attributes:
+        future: the results [N, ...] in order, float32 on the CPU, or the first item's error. It cannot be
+            cancelled by itself: `Engine.cancel` takes a job back.
+    """
+
+    def __init__(self, key: BatchKey, inputs: Sequence[Tensor], deadline_s: float) -> None:
+        self.key = key
+        self.deadline_s = deadline_s
+        self.times = JobTimes()
+        self.future: Future[Tensor] = Future()
+        self.future.set_running_or_notify_cancel()
+        self.tickets = [Ticket(self, index, tensor) for index, tensor in enumerate(inputs)]
+        self._results: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.tickets)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the results, or an error, are there; further ones are ignored."""
+        return self.future.done()
+
+    def deliver(self, index: int, result: Tensor) -> None:
+        """Note the result of one item; the last one settles the job."""
+        with self._lock:
+            self._results[index] = result
+            if self.future.done() or len(self._results) < len(self.tickets):
+                return
+            ordered = [self._results[i] for i in range(len(self.tickets))]
+            self.future.set_result(ordered[0][None] if len(ordered) == 1 else torch.stack(ordered))
+
+    def fail(self, error: Exception) -> bool:
+        """Settle the job with an error; False if it was settled already."""
+        with self._lock:
+            if self.future.done():
+                return False
+            self._results.clear()
+            self.future.set_exception(error)
+            return True
 
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """An item in the queue, with its promise and its times (`time.monotonic`, seconds)."""
+    """One item in the queue."""
 
-    item: Item
-    deadline_s: float
-    enqueued_s: float = field(default_factory=time.monotonic)
-    future: Future[Tensor] = field(default_factory=Future)
+    job: Job
+    index: int
+    tensor: Tensor
 
 
-class BatchQueue:
-    """First in, first out, bounded in items; `take` gives the oldest item and all that can join it.
+class FairQueue:
+    """A lane for each operation, each first in, first out; lanes share the device's time equally.
 
-    Args:
-        limit_items: most items that wait.
-        retry_after_s: what a refused client is told, seconds.
+    The next batch comes from the waiting lane that has used least of the device's time, so that an
+    operation which floods the queue delays the others by one batch at most (start-time fair queueing: a
+    lane that was idle starts level with the one served last, and cannot save up).
+
+    Room is not the queue's business: what is put was admitted before.
     """
 
-    def __init__(self, limit_items: int, retry_after_s: int) -> None:
-        self._limit_items = limit_items
-        self._retry_after_s = retry_after_s
-        self._tickets: deque[Ticket] = deque()
+    def __init__(self) -> None:
+        self._lanes: dict[Operation, dict[Ticket, None]] = {operation: {} for operation in Operation}
+        self._used_s = dict.fromkeys(Operation, 0.0)
+        self._served_s = 0.0
         self._changed = threading.Condition()
         self._closed = False
+        self._num_idle = 0
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return sum(len(lane) for lane in self._lanes.values())
 
-    def check_room(self, num_items: int) -> None:
-        """Refuse early what `put` would refuse now.
-
-        Raises:
-            QueueFullError: there is no room for ``num_items``.
-        """
-        if len(self._tickets) + num_items > self._limit_items:
-            raise QueueFullError(
-                f"The queue is full: {len(self._tickets)} of at most {self._limit_items} items wait, "
-                f"and {num_items} more came.",
-                {"Retry-After": str(self._retry_after_s)},
-            )
-
-    def put(self, tickets: Sequence[Ticket]) -> None:
-        """Add all tickets or none.
-
-        Raises:
-            QueueFullError: they do not fit.
-        """
+    def put(self, job: Job) -> None:
+        """Add a job's items."""
+        operation = job.key.operation
         with self._changed:
-            self.check_room(len(tickets))
-            self._tickets.extend(tickets)
+            lane = self._lanes[operation]
+            if not lane:
+                self._used_s[operation] = max(self._used_s[operation], self._served_s)
+            lane.update(dict.fromkeys(job.tickets))
             self._changed.notify()
 
     def take(self, max_items: int) -> list[Ticket]:
-        """Wait for work, then remove and return up to ``max_items`` tickets of the oldest one's key.
+        """Wait for work, then remove and return up to ``max_items`` tickets that can run together.
+
+        Where other engines wait too, they are left their share.
 
         Returns:
             At least one ticket, or none at all once the queue is closed and empty.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._tickets or self._closed)
-            if not self._tickets:
+            self._num_idle += 1
+            self._changed.wait_for(lambda: self._closed or len(self) > 0)
+            self._num_idle -= 1
+            share = math.ceil(len(self) / (1 + self._num_idle))
+            return self._take(min(max_items, share))
+
+    def take_full(self, max_items: int) -> list[Ticket]:
+        """As `take`, without waiting: ``max_items`` tickets where the next batch has so many, else none."""
+        with self._changed:
+            operation = self._next_lane()
+            if operation is None or len(self._lanes[operation]) < max_items:
                 return []
-            key = self._tickets[0].item.key
-            batch: list[Ticket] = []
-            others: deque[Ticket] = deque()
-            for ticket in self._tickets:
-                joins = len(batch) < max_items and ticket.item.key == key
-                (batch if joins else others).append(ticket)
-            self._tickets = others
-            return batch
+            key = next(iter(self._lanes[operation])).job.key
+            matching = sum(ticket.job.key == key for ticket in self._lanes[operation])
+            return self._take(max_items) if matching >= max_items else []
+
+    def charge(self, operation: Operation, duration_s: float) -> None:
+        """Note what a batch of an operation took of the device, seconds."""
+        with self._changed:
+            self._used_s[operation] += duration_s
+
+    def remove(self, job: Job) -> int:
+        """Take a job's waiting items back; gives how many there were."""
+        lane = self._lanes[job.key.operation]
+        with self._changed:
+            waiting = [ticket for ticket in job.tickets if ticket in lane]
+            for ticket in waiting:
+                del lane[ticket]
+            return len(waiting)
 
     def close(self) -> None:
         """Let `take` return without work once the queue is empty."""
@@ -126,8 +186,25 @@ class BatchQueue:
             self._closed = True
             self._changed.notify_all()
 
-    def clear(self) -> list[Ticket]:
-        """Remove and return everything that waits."""
-        with self._changed:
-            tickets, self._tickets = list(self._tickets), deque()
-            return tickets
+    def _next_lane(self) -> Operation | None:
+        waiting = [operation for operation, lane in self._lanes.items() if lane]
+        return min(waiting, key=self._used_s.__getitem__, default=None)
+
+    def _take(self, max_items: int) -> list[Ticket]:
+        operation = self._next_lane()
+        if operation is None:
+            return []
+        self._served_s = self._used_s[operation]
+        lane = self._lanes[operation]
+        key = next(iter(lane)).job.key
+        batch: list[Ticket] = []
+        for ticket in lane:
+            if ticket.job.key == key:
+                batch.append(ticket)
+                if len(batch) == max_items:
+                    break
+        for ticket in batch:
+            del lane[ticket]
+        if len(self) > 0:
+            self._changed.notify()
+        return batch

@@ -6,20 +6,27 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from service.errors import MalformedError, MediaTypeError, OptionError, TooLargeError
+from service.errors import (
+    DisconnectError,
+    MalformedError,
+    MediaTypeError,
+    OptionError,
+    TooLargeError,
+)
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MULTIPART = "multipart/form-data"
 PART_NAME = "images"
+_MAX_LENGTH_DIGITS = 18
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; stops as soon as it is too large, whatever Content-Length says.
+def declared_bytes(request: Request, max_bytes: int) -> int:
+    """How many bytes a body has by its headers; ``max_bytes`` where they do not tell.
 
     Raises:
-        MalformedError: an empty body, a Content-Length that is no number, or a client that went away.
+        MalformedError: a Content-Length that is no number.
         MediaTypeError: a compressed body.
         TooLargeError: more than ``max_bytes``.
     """
@@ -28,22 +35,37 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise MediaTypeError(
             f"Bodies with Content-Encoding {encoding[:50]!r} are not read: send it uncompressed."
         )
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal():
+    declared = request.headers.get("content-length")
+    if declared is None:
+        return max_bytes
+    if not (declared.isascii() and declared.isdecimal()):
         raise MalformedError("Content-Length is not a number.")
-    if int(declared) > max_bytes:
+    if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    body = bytearray()
+    return int(declared)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body; stops as soon as it is too large, whatever Content-Length says.
+
+    Raises:
+        MalformedError: an empty body.
+        DisconnectError: the client went away.
+        TooLargeError: more than ``max_bytes``.
+    """
+    chunks: list[bytes] = []
+    num_bytes = 0
     try:
         async for chunk in request.stream():
-            if len(body) + len(chunk) > max_bytes:
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
                 raise _too_large(max_bytes)
-            body += chunk
+            chunks.append(chunk)
     except ClientDisconnect as exc:
-        raise MalformedError("The client went away before the body was complete.") from exc
-    if not body:
+        raise DisconnectError("The client went away before its body was complete.") from exc
+    if num_bytes == 0:
         raise MalformedError("The body is empty.")
-    return bytes(body)
+    return b"".join(chunks)
 
 
 def media_type_of(request: Request) -> tuple[str, dict[bytes, bytes]]:

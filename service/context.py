@@ -4,6 +4,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """A part of a request's time: its name, when it began (`time.monotonic`), how long it took; seconds."""
+
+    name: str
+    started_s: float
+    duration_s: float
 
 
 @dataclass
@@ -14,23 +23,27 @@ class RequestContext:
         request_id: the client's ``X-Request-ID`` where it sent a usable one.
         deadline_s: when the request's time is up, on the clock of `time.monotonic`.
         outcome: ``ok``, or the slug of the problem that was answered.
-        durations_s: seconds spent by stage, in order.
+        stages: where the time went, in order: read, decode, queue, batch, device, encode.
     """
 
     request_id: str
     deadline_s: float
     started_s: float = field(default_factory=time.monotonic)
     outcome: str = "ok"
-    durations_s: dict[str, float] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to a stage."""
+        """Record the time of the block as a stage."""
         started_s = time.monotonic()
         try:
             yield
         finally:
-            self.durations_s[stage] = self.durations_s.get(stage, 0.0) + time.monotonic() - started_s
+            self.record(stage, started_s, time.monotonic())
+
+    def record(self, stage: str, started_s: float, ended_s: float) -> None:
+        """Record a stage whose begin and end are known."""
+        self.stages.append(Stage(stage, started_s, max(0.0, ended_s - started_s)))
 
     def elapsed_s(self) -> float:
         """Seconds since the request came."""
@@ -38,5 +51,7 @@ class RequestContext:
 
     def server_timing(self) -> str:
         """The ``Server-Timing`` header: milliseconds by stage and in total."""
-        stages = {**self.durations_s, "total": self.elapsed_s()}
-        return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in stages.items())
+        durations = [(stage.name, stage.duration_s) for stage in self.stages]
+        return ", ".join(
+            f"{name};dur={seconds * 1000:.1f}" for name, seconds in [*durations, ("total", self.elapsed_s())]
+        )

@@ -15,8 +15,10 @@
     │   ├── LatentsError             wrong shape, dtype or value
     │   └── ForeignCheckpointError   latents of another checkpoint
     ├── QueueFullError          429  try again later
+    ├── DisconnectError         499  the client went away; nobody sees it
     ├── InternalError           500  our fault
-    ├── UnavailableError        503  loading, draining, or the model could not be loaded
+    ├── UnavailableError        503  loading, draining, or the model cannot be run
+    │   └── DeviceMemoryError        the device has no memory left for the item
     └── DeadlineError           504  the request's time is up
 
 Every one becomes an RFC 9457 problem document in `problem_response`; errors of FastAPI, Starlette
@@ -132,14 +134,26 @@ class QueueFullError(ServiceError):
     status, slug, title = 429, "queue-full", "Queue full"
 
 
+class DisconnectError(ServiceError):
+    """The client went away before its answer; the status is nginx's for that."""
+
+    status, slug, title = 499, "disconnected", "Client went away"
+
+
 class InternalError(ServiceError):
     """An error of ours; the log has the details under the request's id."""
 
 
 class UnavailableError(ServiceError):
-    """The model is loading, the service is draining, or the model could not be loaded."""
+    """The model is loading, the service is draining, or the model cannot be run."""
 
     status, slug, title = 503, "unavailable", "Service unavailable"
+
+
+class DeviceMemoryError(UnavailableError):
+    """The device has no memory left, not even for a single item."""
+
+    slug, title = "out-of-memory", "Out of device memory"
 
 
 class DeadlineError(ServiceError):

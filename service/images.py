@@ -1,9 +1,10 @@
 """Image files and tensors to the tensors that the model takes, and pictures back to image files.
 
-Every picture is brought to RGB [3, S, S] in [0, 1], S the model's image size: EXIF orientation
-applied, colours converted to sRGB by the embedded ICC profile where there is one, alpha composited
-on white, then fitted. Of animations the first frame is taken. What a file may cost is judged from
-its header, before any pixel is decoded.
+Every picture is brought to RGB [3, S, S], S the model's image size: EXIF orientation applied, colours
+converted to sRGB by the embedded ICC profile where there is one, alpha composited on white, then
+fitted. Files stay bytes, a quarter of the memory and of the copies to a device that floats would need.
+Of animations the first frame is taken. What a file may cost is judged from its header, before any
+pixel is decoded.
 """
 
 import io
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -28,9 +30,9 @@ from model.pictures import (
     Fit,
     fit_picture,
     fitted_size,
+    to_byte_tensor,
     to_bytes,
     to_srgb,
-    to_tensor,
     upright,
 )
 from service.errors import ImageError, MalformedError, TooLargeError
@@ -57,11 +59,12 @@ _WRITE_OPTIONS: dict[PictureFormat, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What is accepted and how it is fitted: side in pixels, most pixels, largest side ratio, fit."""
+    """What is accepted and how it is fitted: side in pixels, most pixels, largest side ratio, most frames."""
 
     side: int
     max_pixels: int
     max_aspect_ratio: float
+    max_frames: int = 1000
     fit: Fit = "crop"
 
 
@@ -83,7 +86,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def read_image(data: bytes, rules: ImageRules, name: str = "the image") -> Tensor:
-    """Bytes of an image file to RGB [3, S, S] float32 in [0, 1].
+    """Bytes of an image file to RGB [3, S, S] uint8, a view of interleaved pixels.
 
     Args:
         data: a JPEG, PNG, WebP, GIF, BMP or TIFF file.
@@ -92,7 +95,7 @@ def read_image(data: bytes, rules: ImageRules, name: str = "the image") -> Tenso
 
     Raises:
         MalformedError: not an image of a readable format, or a damaged one.
-        TooLargeError: more pixels than allowed.
+        TooLargeError: more pixels or frames than allowed.
         ImageError: too elongated, or of a pixel type that has no defined colours.
     """
     kind = sniff(data)
@@ -106,6 +109,7 @@ def read_image(data: bytes, rules: ImageRules, name: str = "the image") -> Tenso
     try:
         with _OPENERS[kind](io.BytesIO(data)) as picture:
             _check_size(*picture.size, rules, name)
+            _check_frames(picture, rules, name)
             picture.load()
             if kind == "PNG" and _PNG_END not in data:  # Pillow is content with the pixels
                 raise OSError("its end is missing")
@@ -120,11 +124,13 @@ def read_image(data: bytes, rules: ImageRules, name: str = "the image") -> Tenso
         raise MalformedError(
             f"{_capital(name)} is a damaged or truncated {kind} file: {_reason(exc)}."
         ) from exc
-    return to_tensor(fit_picture(rgb, rules.side, rules.fit))
+    return to_byte_tensor(fit_picture(rgb, rules.side, rules.fit))
 
 
 def read_pixels(pixels: Tensor, rules: ImageRules, name: str = "the image") -> Tensor:
-    """An image tensor [3, H, W] in [0, 1] to [3, S, S], fitted like a file.
+    """An image tensor [3, H, W], uint8 or float32 in [0, 1], to [3, S, S], fitted like a file.
+
+    What must be resized becomes float32 in [0, 1].
 
     Raises:
         TooLargeError: more pixels than allowed.
@@ -134,6 +140,8 @@ def read_pixels(pixels: Tensor, rules: ImageRules, name: str = "the image") -> T
     _check_size(width, height, rules, name)
     if (height, width) == (rules.side, rules.side):
         return pixels
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
     new_width, new_height = fitted_size(width, height, rules.side, rules.fit)
     resized = F.interpolate(
         pixels[None], size=(new_height, new_width), mode="bicubic", align_corners=False, antialias=True
@@ -166,6 +174,14 @@ def _check_size(width: int, height: int, rules: ImageRules, name: str) -> None:
         raise ImageError(
             f"{_capital(name)} is {width}x{height} pixels, sides in a ratio of {ratio:.0f}; "
             f"at most {rules.max_aspect_ratio:g} is accepted."
+        )
+
+
+def _check_frames(picture: ImageFile.ImageFile, rules: ImageRules, name: str) -> None:
+    """Of several frames only the first is decoded, but even listing many costs time."""
+    if getattr(picture, "is_animated", False) and getattr(picture, "n_frames", 1) > rules.max_frames:
+        raise TooLargeError(
+            f"{_capital(name)} has more than {rules.max_frames} frames, the most that are accepted."
         )
 
 

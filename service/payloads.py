@@ -5,9 +5,10 @@ Shape legend: N items, C h w one latent, S image side.
 
 import base64
 import binascii
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ LATENT_BODY_MEDIA_TYPES = (SAFETENSORS, NPY, JSON, RAW)
 _UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream")
 _JPEG_ALIAS = "image/jpg"  # no registered type, but widely sent
 _PIXEL_SLACK = 1.0
+_BATCH_DIMENSIONS = 4
+_MAX_JSON_FIELDS = 100
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Payload:
     data: bytes
     media_type: str
     boundary: bytes | None = None
+
+
+class ImagePart(NamedTuple):
+    """An image file of a body, and how errors call it."""
+
+    name: str
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -90,16 +100,24 @@ def latent_body_kind(payload: Payload, options: DecodeOptions) -> str:
     return _body_kind(payload, options, LATENT_BODY_MEDIA_TYPES, _sniff_latent_body)
 
 
-def read_images(
-    payload: Payload, kind: str, options: ImageOptions, rules: ImageRules, max_items: int
-) -> list[Tensor]:
-    """The images of a body, each [3, S, S] float32 in [0, 1].
+def declared_items(options: CommonOptions, max_items: int) -> int:
+    """How many items a body has, as far as its query tells: those of a raw tensor, else one.
 
     Raises:
-        ServiceError: the body cannot be read; the sentence names the image where there are several.
+        TooLargeError: more than ``max_items``.
     """
-    if kind == RAW:
-        return _read_raw_images(payload.data, options, rules, max_items)
+    shape = options.shape or []
+    num_items = shape[0] if len(shape) == _BATCH_DIMENSIONS else 1
+    _check_count(num_items, max_items)
+    return num_items
+
+
+def split_images(payload: Payload, kind: str, max_items: int) -> list[ImagePart]:
+    """The image files of a body, undecoded.
+
+    Raises:
+        ServiceError: malformed, or more than ``max_items``.
+    """
     if kind == MULTIPART:
         files = split_multipart(payload.data, payload.boundary, max_items)
     elif kind == JSON:
@@ -108,8 +126,38 @@ def read_images(
         files = [_decode_base64(text, index) for index, text in enumerate(encoded)]
     else:
         files = [payload.data]
-    names = [f"image {index}" for index in range(len(files))] if len(files) > 1 else ["the image"]
-    return [images.read_image(file, rules, name) for file, name in zip(files, names, strict=True)]
+    if len(files) == 1:
+        return [ImagePart("the image", files[0])]
+    return [ImagePart(f"image {index}", file) for index, file in enumerate(files)]
+
+
+def read_images(parts: Sequence[ImagePart], rules: ImageRules) -> list[Tensor]:
+    """Image files to tensors, each [3, S, S] uint8.
+
+    Raises:
+        ServiceError: one cannot be read; the sentence names it.
+    """
+    return [images.read_image(part.data, rules, part.name) for part in parts]
+
+
+def read_raw_images(payload: Payload, options: ImageOptions, rules: ImageRules) -> list[Tensor]:
+    """The images of a raw tensor body, each [3, S, S]; uint8, or float32 in [0, 1].
+
+    Raises:
+        ServiceError: of another size or shape than the query says, or values out of range.
+    """
+    batch = tensors.read_raw(payload.data, options.shape, options.dtype)
+    if batch.ndim == _BATCH_DIMENSIONS - 1:
+        batch = batch[None]
+    if batch.ndim != _BATCH_DIMENSIONS or batch.shape[1] != 3:
+        raise ImageError(f"Image tensors have shape [N, 3, H, W] or [3, H, W], not {options.shape}.")
+    if batch.dtype != torch.uint8:
+        batch = _unit_range(batch.float(), options.range or "signed")
+    several = len(batch) > 1
+    return [
+        images.read_pixels(pixels, rules, f"image {index}" if several else "the image")
+        for index, pixels in enumerate(batch)
+    ]
 
 
 def read_latents(
@@ -128,6 +176,7 @@ def read_latents(
     elif kind == NPY:
         latents = tensors.read_npy(payload.data)
     elif kind == JSON:
+        _check_numbers(payload.data, tokenizer.config.latent_shape, max_items)
         document = _parse(LatentsIn, payload.data)
         normalized = document.normalized
         _check_checkpoint(document.checkpoint_sha256, tokenizer)
@@ -193,6 +242,13 @@ def _check_count(num_items: int, max_items: int) -> None:
         raise TooLargeError(f"The request has {num_items} items; at most {max_items} are accepted.")
 
 
+def _check_numbers(data: bytes, latent_shape: tuple[int, int, int], max_items: int) -> None:
+    """Judge a JSON body by its commas: parsed, its numbers take many times their bytes."""
+    most = max_items * math.prod(latent_shape) + _MAX_JSON_FIELDS
+    if data.count(b",") > most:
+        raise TooLargeError(f"The body has more numbers than {max_items} latents, the most accepted.")
+
+
 def _parse(document: type[Document], data: bytes) -> Document:
     try:
         return document.model_validate_json(data)
@@ -210,24 +266,6 @@ def _decode_base64(text: str, index: int) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as exc:
         raise MalformedError(f"Image {index} is not standard base64: {exc}.") from exc
-
-
-def _read_raw_images(data: bytes, options: ImageOptions, rules: ImageRules, max_items: int) -> list[Tensor]:
-    batch = tensors.read_raw(data, options.shape, options.dtype)
-    if batch.ndim == 3:
-        batch = batch[None]
-    if batch.ndim != 4 or batch.shape[1] != 3:
-        raise ImageError(f"Image tensors have shape [N, 3, H, W] or [3, H, W], not {options.shape}.")
-    _check_count(len(batch), max_items)
-    if batch.dtype == torch.uint8:
-        unit = batch.float() / 255
-    else:
-        unit = _unit_range(batch.float(), options.range or "signed")
-    several = len(unit) > 1
-    return [
-        images.read_pixels(pixels, rules, f"image {index}" if several else "the image")
-        for index, pixels in enumerate(unit)
-    ]
 
 
 def _unit_range(batch: Tensor, value_range: str) -> Tensor:

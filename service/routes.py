@@ -1,10 +1,10 @@
 """The routes. Each says what it reads and writes; `Pipeline` does the waiting."""
 
 from collections import Counter
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
-import torch
 from fastapi import APIRouter, Depends, Query, Request, Response
 from torch import Tensor
 
@@ -12,14 +12,22 @@ from model.tokenizer import Tokenizer
 from service import openapi
 from service.answers import Origin, latent_dtype, latents_answer, offered_pictures, pictures_answer
 from service.batching import BatchKey, Operation
-from service.context import RequestContext
 from service.engine import EngineState, dtype_name
 from service.errors import OptionError
 from service.images import ImageRules
 from service.metrics import METRICS_MEDIA_TYPE
-from service.negotiation import JSON, LATENT_MEDIA_TYPES, choose
-from service.payloads import image_body_kind, latent_body_kind, read_images, read_latents
-from service.pipeline import Pipeline
+from service.negotiation import JSON, LATENT_MEDIA_TYPES, RAW, choose
+from service.payloads import (
+    IMAGE_FILE,
+    declared_items,
+    image_body_kind,
+    latent_body_kind,
+    read_images,
+    read_latents,
+    read_raw_images,
+    split_images,
+)
+from service.pipeline import Call, Pipeline
 from service.schemas import (
     CommonOptions,
     DecodeOptions,
@@ -60,19 +68,18 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
     orientation, alpha goes on white, colours become sRGB, animations give their first frame; then
     the short side is resized and the centre cropped, unless `fit` says otherwise.
     """
-    pipeline, context = _parts(request)
-    async with pipeline.deadline(context):
-        tokenizer = _admit(pipeline)
-        _check_scaling(options)
-        _check_normalize(options, tokenizer)
-        latent_dtype(options)
-        media_type = choose(options.format, request.headers.get("accept"), LATENT_MEDIA_TYPES)
-        images = await _read_images(request, pipeline, tokenizer, options)
+    pipeline = _pipeline(request)
+    tokenizer = pipeline.ready_tokenizer()
+    _check_scaling(options)
+    _check_normalize(options, tokenizer)
+    latent_dtype(options)
+    media_type = choose(options.format, request.headers.get("accept"), LATENT_MEDIA_TYPES)
+    num_items = declared_items(options, pipeline.settings.max_items_per_request)
+    async with pipeline.admit(request, Operation.ENCODE, num_items) as call:
+        images = await _read_images(call, options, tokenizer)
         key = BatchKey(Operation.ENCODE, options.latent, options.normalize)
-        latents = await pipeline.compute(request, context, key, images)
-        with context.measure("write"):
-            origin = Origin.of(tokenizer)
-            return await pipeline.in_thread(latents_answer, latents, media_type, options, origin)
+        latents = await call.compute(key, images)
+        return await call.answer(latents_answer, latents, media_type, options, Origin.of(tokenizer))
 
 
 @router.post("/decode", dependencies=_ONCE, **openapi.DECODE)
@@ -82,24 +89,24 @@ async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -
     One picture comes as an image file, several as a zip of numbered ones; tensor formats give
     uint8 [N, 3, S, S]. Latents that another checkpoint made are refused where the body tells.
     """
-    pipeline, context = _parts(request)
-    async with pipeline.deadline(context):
-        tokenizer = _admit(pipeline)
-        _check_scaling(options)
-        _check_picture_size(options, tokenizer)
-        media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
-        payload = await pipeline.read(request, context)
+    pipeline = _pipeline(request)
+    tokenizer = pipeline.ready_tokenizer()
+    _check_scaling(options)
+    _check_picture_size(options, tokenizer)
+    media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
+    max_items = pipeline.settings.max_items_per_request
+    num_items = declared_items(options, max_items)
+    async with pipeline.admit(request, Operation.DECODE, num_items) as call:
+        payload = await call.read()
         kind = latent_body_kind(payload, options)
-        max_items = pipeline.settings.max_items_per_request
-        with context.measure("parse"):
-            batch = await pipeline.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
+        with call.decoding():
+            batch = await call.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
+        call.expect(len(batch.latents))
         if batch.normalized:
             _check_statistics(tokenizer)
         key = BatchKey(Operation.DECODE, normalize=batch.normalized)
-        pictures = await pipeline.compute(request, context, key, batch.latents.unbind())
-        with context.measure("write"):
-            origin = Origin.of(tokenizer)
-            return await pipeline.in_thread(pictures_answer, pictures, media_type, options, origin)
+        pictures = await call.compute(key, batch.latents.unbind())
+        return await call.answer(pictures_answer, pictures, media_type, options, Origin.of(tokenizer))
 
 
 @router.post("/reconstruct", dependencies=_ONCE, **openapi.RECONSTRUCT)
@@ -109,24 +116,23 @@ async def reconstruct(request: Request, options: Annotated[ReconstructOptions, Q
     Takes what `/encode` takes and answers as `/decode` does; the JSON answer also has PSNR and
     SSIM of each picture against the fitted original.
     """
-    pipeline, context = _parts(request)
-    async with pipeline.deadline(context):
-        tokenizer = _admit(pipeline)
-        _check_scaling(options)
-        _check_picture_size(options, tokenizer)
-        media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
-        images = await _read_images(request, pipeline, tokenizer, options)
-        key = BatchKey(Operation.RECONSTRUCT, options.latent)
-        pictures = await pipeline.compute(request, context, key, images)
-        with context.measure("write"):
-            origin, originals = Origin.of(tokenizer), torch.stack(images)
-            return await pipeline.in_thread(pictures_answer, pictures, media_type, options, origin, originals)
+    pipeline = _pipeline(request)
+    tokenizer = pipeline.ready_tokenizer()
+    _check_scaling(options)
+    _check_picture_size(options, tokenizer)
+    media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
+    num_items = declared_items(options, pipeline.settings.max_items_per_request)
+    async with pipeline.admit(request, Operation.RECONSTRUCT, num_items) as call:
+        images = await _read_images(call, options, tokenizer)
+        pictures = await call.compute(BatchKey(Operation.RECONSTRUCT, options.latent), images)
+        origin = Origin.of(tokenizer)
+        return await call.answer(pictures_answer, pictures, media_type, options, origin, images)
 
 
 @router.get("/info", **openapi.INFO)
 async def info(request: Request) -> Response:
     """Say which model runs here, how, and within which limits."""
-    pipeline, _ = _parts(request)
+    pipeline = _pipeline(request)
     tokenizer, settings = pipeline.engine.tokenizer, pipeline.settings
     config, origin = tokenizer.config, Origin.of(tokenizer)
     document = Info(
@@ -159,7 +165,7 @@ async def livez() -> Response:
 @router.get("/readyz", **openapi.READYZ)
 async def readyz(request: Request) -> Response:
     """Answer 200 once the model is loaded and warm, 503 before and while draining."""
-    pipeline, _ = _parts(request)
+    pipeline = _pipeline(request)
     if pipeline.engine.state is not EngineState.READY:
         raise pipeline.engine.unavailable()
     return Response(Health(status="ready").model_dump_json(), media_type=JSON)
@@ -168,7 +174,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", **openapi.METRICS)
 async def metrics(request: Request) -> Response:
     """Counters and histograms in Prometheus' text format."""
-    pipeline, _ = _parts(request)
+    pipeline = _pipeline(request)
     return Response(pipeline.metrics.render(), headers={"Content-Type": METRICS_MEDIA_TYPE})
 
 
@@ -184,30 +190,34 @@ def service_version() -> str:
         return "0+source"
 
 
-def _parts(request: Request) -> tuple[Pipeline, RequestContext]:
-    return request.app.state.pipeline, request.state.context
-
-
-def _admit(pipeline: Pipeline) -> Tokenizer:
-    """Refuse before the body is read what could not be worked on anyway."""
-    pipeline.engine.check_ready()
-    return pipeline.engine.tokenizer
+def _pipeline(request: Request) -> Pipeline:
+    pipeline: Pipeline = request.app.state.pipeline
+    return pipeline
 
 
 async def _read_images(
-    request: Request, pipeline: Pipeline, tokenizer: Tokenizer, options: EncodeOptions | ReconstructOptions
+    call: Call, options: EncodeOptions | ReconstructOptions, tokenizer: Tokenizer
 ) -> list[Tensor]:
-    """The images of the body, each [3, S, S] in [0, 1]."""
-    context, settings = request.state.context, pipeline.settings
-    payload = await pipeline.read(request, context)
+    """The images of the body, each [3, S, S]: uint8, or float32 in [0, 1]."""
+    payload = await call.read()
     kind = image_body_kind(payload, options)
+    limits = call.settings
     rules = ImageRules(
-        tokenizer.config.image_size, settings.max_image_pixels, settings.max_aspect_ratio, options.fit
+        tokenizer.config.image_size,
+        limits.max_image_pixels,
+        limits.max_aspect_ratio,
+        limits.max_frames,
+        options.fit,
     )
-    with context.measure("parse"):
-        return await pipeline.in_thread(
-            read_images, payload, kind, options, rules, settings.max_items_per_request
-        )
+    with call.decoding():
+        if kind == RAW:
+            return await call.in_thread(read_raw_images, payload, options, rules)
+        if kind == IMAGE_FILE:
+            parts = split_images(payload, kind, limits.max_items_per_request)
+        else:
+            parts = await call.in_thread(split_images, payload, kind, limits.max_items_per_request)
+            call.expect(len(parts))
+        return await call.in_threads(partial(read_images, rules=rules), parts)
 
 
 def _check_scaling(options: CommonOptions) -> None:

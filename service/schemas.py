@@ -187,10 +187,13 @@ class Limits(_Document):
     max_body_bytes: int
     max_image_pixels: int
     max_aspect_ratio: float
+    max_frames: int
     max_items_per_request: int
     queue_limit_items: int
+    queue_limit_bytes: int
     batch_size: int
     request_timeout_s: float
+    max_request_timeout_s: float
 
 
 class LatentInfo(_Document):

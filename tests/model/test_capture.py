@@ -1,11 +1,11 @@
-"""Capturing a whole encode: buckets, and that an encode holds nothing that a CUDA graph cannot."""
+"""Captures: buckets, and that encodes and decodes hold nothing that a CUDA graph cannot."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.capture import CapturedEncode, bucket_for
+from model.capture import CapturedBuckets, bucket_for
 from model.tokenizer import Tokenizer
 
 PATHS = ("reference", "folded", "triton")
@@ -42,9 +42,11 @@ def photo(seed: int = 0) -> Tensor:
     return torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(seed))
 
 
-def test_encode_runs_nothing_that_a_capture_forbids(loaded):
+def test_encode_and_decode_run_nothing_that_a_capture_forbids(loaded):
     with Recorder() as recorder:
-        loaded.encode(photo(), normalize=True)
+        latents = loaded.encode(photo(), normalize=True)
+        with torch.no_grad():
+            loaded.pixels(latents, normalize=True)
     assert "aten::addmm" in recorder.names or "aten::linear" in recorder.names
     assert recorder.names & NOT_CAPTURABLE == set()
 
@@ -69,22 +71,25 @@ def test_smallest_bucket_that_holds_the_batch(num_images, bucket):
 
 @pytest.mark.parametrize("num_images", [0, 9, -1])
 def test_batch_that_fits_no_bucket(num_images):
-    with pytest.raises(
-        ValueError, match=rf"a batch of {num_images} images fits none of the buckets \[1, 8\]"
-    ):
+    with pytest.raises(ValueError, match=rf"a batch of {num_images} items fits none of the buckets \[1, 8\]"):
         bucket_for(num_images, (1, 8))
 
 
-def test_cpu_tokenizer_cannot_be_captured():
-    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, the tokenizer is on cpu"):
-        CapturedEncode(Tokenizer.load("mini", fusion="reference"))
+def test_only_a_gpu_captures():
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, the example is on cpu"):
+        CapturedBuckets(torch.neg, torch.zeros(1, 2), (1,))
+
+
+def capture_encode(tokenizer: Tokenizer, buckets: tuple[int, ...]) -> CapturedBuckets:
+    example = photo().expand(buckets[-1], -1, -1, -1).to(tokenizer.device, tokenizer.dtype)
+    return CapturedBuckets(lambda images: tokenizer.encode(images, normalize=True), example, buckets)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_images", [1, 3, 4])
 def test_captured_encode_equals_eager(num_images):
     tokenizer = Tokenizer.load("mini", device="cuda", dtype=torch.bfloat16)
-    captured = CapturedEncode(tokenizer, buckets=(1, 4), normalize=True)
+    captured = capture_encode(tokenizer, (1, 4))
     for seed in range(3):  # fresh images each time: a replay must read what was copied in
         images = torch.cat([photo(seed + index) for index in range(num_images)])
         expected = tokenizer.encode(images, normalize=True)
@@ -92,9 +97,18 @@ def test_captured_encode_equals_eager(num_images):
 
 
 @pytest.mark.gpu
-def test_captured_results_outlive_the_next_call():
+def test_captured_decode_equals_eager():
     tokenizer = Tokenizer.load("mini", device="cuda", dtype=torch.bfloat16)
-    captured = CapturedEncode(tokenizer, buckets=(1, 2))
+    latents = tokenizer.encode(torch.cat([photo(0), photo(1)]))
+    captured = CapturedBuckets(torch.inference_mode()(tokenizer.pixels), latents, (1, 2))
+    torch.testing.assert_close(
+        captured(latents.flip(0)), tokenizer.decode(latents.flip(0)), atol=5e-2, rtol=0
+    )
+
+
+@pytest.mark.gpu
+def test_captured_results_outlive_the_next_call():
+    captured = capture_encode(Tokenizer.load("mini", device="cuda", dtype=torch.bfloat16), (1, 2))
     first = captured(photo(0))
     copy = first.clone()
     captured(torch.cat([photo(1), photo(2)]))
@@ -102,9 +116,11 @@ def test_captured_results_outlive_the_next_call():
 
 
 @pytest.mark.gpu
-def test_captured_encode_refuses_other_shapes():
-    captured = CapturedEncode(Tokenizer.load("mini", device="cuda"), buckets=(1,))
+def test_captures_refuse_other_shapes():
+    captured = capture_encode(Tokenizer.load("mini", device="cuda"), (1,))
     with pytest.raises(ValueError, match=r"expected \[B, 3, 256, 256\]"):
         captured(torch.rand(1, 3, 224, 224))
     with pytest.raises(ValueError, match="fits none of the buckets"):
         captured(torch.rand(2, 3, 256, 256))
+    with pytest.raises(ValueError, match="the largest of"):
+        CapturedBuckets(torch.neg, torch.zeros(3, device="cuda"), (1, 2))

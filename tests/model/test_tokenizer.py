@@ -105,7 +105,7 @@ def test_statistics_are_checked(tokenizer):
         (torch.rand(3, 64, 64), r"shape \[3, 64, 64\], expected \[B, 3, 64, 64\]"),
         (torch.rand(1, 1, 64, 64), r"shape \[1, 1, 64, 64\]"),
         (torch.rand(1, 3, 64, 63), r"shape \[1, 3, 64, 63\]"),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "dtype torch.uint8"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int32), "dtype torch.int32"),
     ],
 )
 def test_wrong_images_are_refused(tokenizer, images, message):
@@ -132,6 +132,13 @@ def test_empty_batches_pass_through(tokenizer):
     latents = tokenizer.encode(torch.zeros(0, 3, 64, 64))
     assert latents.shape == (0, 32, 4, 4)
     assert tokenizer.decode(latents).shape == (0, 3, 64, 64)
+
+
+def test_bytes_are_images_too(tokenizer, images):
+    as_bytes = images.mul(255).round().to(torch.uint8)
+    for layout in (as_bytes, as_bytes.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(tokenizer.encode(layout), tokenizer.encode(as_bytes.float() / 255))
+    assert torch.equal(tokenizer.reconstruct(as_bytes), tokenizer.reconstruct(as_bytes.float() / 255))
 
 
 def test_other_dtypes_are_moved_to_the_tokenizers(tokenizer, images):

@@ -1,0 +1,319 @@
+"""Runners: how a batch gets onto a device, through the model, and back.
+
+A runner is used by one thread. `Runner.launch` begins a batch and `Launched.wait` ends it; on a GPU the
+next batch can be launched before the last one has ended, so that copies and the host's work overlap with
+the device's.
+
+Shape legend: B items of a bucket, n items of a batch (the rest is padding), S image side, C h w a latent.
+"""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.capture import CapturedBuckets, bucket_for
+from model.tokenizer import Tokenizer
+from service.batching import BatchKey, Operation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch gave.
+
+    Attributes:
+        results: [n, ...] float32 on the CPU.
+        finite: for each item whether all of its numbers are.
+        started_s: when the device began, on the clock of `time.monotonic`.
+        device_s: how long it took, seconds.
+    """
+
+    results: Tensor
+    finite: Sequence[bool]
+    started_s: float
+    device_s: float
+
+
+class Launched(Protocol):
+    """A batch on its way."""
+
+    def wait(self) -> Outcome:
+        """Wait for the device.
+
+        Raises:
+            Exception: whatever the model or the device raised.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """One device, or one worker of the CPU, with the model on it.
+
+    Attributes:
+        name: such as ``cuda:0`` or ``cpu:1``.
+        buckets: sizes that batches are padded to, ascending.
+        depth: batches that may be launched and not yet waited for.
+    """
+
+    name: str
+    buckets: Sequence[int]
+    depth: int
+
+    def warm(self) -> Mapping[Operation, float]:
+        """Run every bucket, so that no request pays for what is compiled, captured or allocated once.
+
+        Returns:
+            How long a batch of the largest bucket takes then, seconds.
+        """
+        ...
+
+    def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> Launched:
+        """Begin a batch of at most the largest bucket's size.
+
+        Args:
+            key: what is done.
+            inputs: images [3, S, S] uint8 or float32 in [0, 1], or latents [C, h, w] float32; on the CPU.
+        """
+        ...
+
+    def free_memory(self) -> None:
+        """Give back what is cached, after the device ran out of memory."""
+        ...
+
+
+def keys_of(tokenizer: Tokenizer) -> list[BatchKey]:
+    """Every kind of batch that a tokenizer can run."""
+    normalizations = (False, True) if tokenizer.has_statistics else (False,)
+    return [
+        *(BatchKey(Operation.ENCODE, normalize=normalize) for normalize in normalizations),
+        BatchKey(Operation.ENCODE, "base"),
+        *(BatchKey(Operation.DECODE, normalize=normalize) for normalize in normalizations),
+        BatchKey(Operation.RECONSTRUCT),
+        BatchKey(Operation.RECONSTRUCT, "base"),
+    ]
+
+
+def sample_inputs(tokenizer: Tokenizer, key: BatchKey, num_items: int) -> list[Tensor]:
+    """Inputs that the model takes without complaint: grey images, or latents of zeros."""
+    if key.operation is Operation.DECODE:
+        return [torch.zeros(tokenizer.config.latent_shape)] * num_items
+    side = tokenizer.config.image_size
+    return [torch.full((3, side, side), 128, dtype=torch.uint8)] * num_items
+
+
+def compute(tokenizer: Tokenizer, key: BatchKey, batch: Tensor) -> Tensor:
+    """Run one batch, [B, 3, S, S] or [B, C, h, w]; what comes back is on the tokenizer's device.
+
+    Raises:
+        model.errors.ModelError: the tokenizer refuses the batch.
+    """
+    with torch.inference_mode():
+        match key.operation:
+            case Operation.ENCODE:
+                return tokenizer.encode(batch, latent=key.latent, normalize=key.normalize)
+            case Operation.DECODE:
+                return tokenizer.decode(batch, normalize=key.normalize)
+            case Operation.RECONSTRUCT:
+                return tokenizer.reconstruct(batch, latent=key.latent)
+
+
+def _measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
+    """Seconds that one batch of the largest bucket takes, by operation."""
+    keys = [BatchKey(operation) for operation in Operation]
+    inputs = {key: sample_inputs(tokenizer, key, runner.buckets[-1]) for key in keys}
+    return {key.operation: runner.launch(key, inputs[key]).wait().device_s for key in keys}
+
+
+class HostRunner:
+    """Runs batches where the thread that calls it runs.
+
+    Args:
+        tokenizer: on the CPU; runners may share one.
+        buckets: sizes that batches are padded to.
+        name: for logs and metrics.
+        num_threads: cores that one batch uses.
+    """
+
+    depth = 1
+
+    def __init__(self, tokenizer: Tokenizer, buckets: Sequence[int], name: str, num_threads: int) -> None:
+        self.name = name
+        self.buckets = buckets
+        self._tokenizer = tokenizer
+        self._num_threads = num_threads
+
+    def warm(self) -> Mapping[Operation, float]:
+        torch.set_num_threads(self._num_threads)  # of this thread: PyTorch keeps the number thread by thread
+        key = BatchKey(Operation.RECONSTRUCT)  # encodes and decodes
+        for bucket in reversed(self.buckets):
+            self.launch(key, sample_inputs(self._tokenizer, key, bucket))
+        return _measure(self, self._tokenizer)
+
+    def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "HostLaunched":
+        started_s = time.monotonic()
+        num_items = len(inputs)
+        padding = bucket_for(num_items, self.buckets) - num_items
+        results = compute(self._tokenizer, key, collate([*inputs, *itertools.repeat(inputs[-1], padding)]))
+        kept = results[:num_items].float().cpu()
+        finite = torch.isfinite(kept).flatten(1).all(dim=1).tolist()
+        return HostLaunched(Outcome(kept, finite, started_s, time.monotonic() - started_s))
+
+    def free_memory(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class HostLaunched:
+    """A batch that has already ended."""
+
+    outcome: Outcome
+
+    def wait(self) -> Outcome:
+        return self.outcome
+
+
+def collate(inputs: Sequence[Tensor]) -> Tensor:
+    """Items to a batch; where only some images are bytes, all become floats in [0, 1]."""
+    if len({tensor.dtype for tensor in inputs}) > 1:
+        inputs = [tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor for tensor in inputs]
+    return torch.stack(list(inputs))
+
+
+class CudaRunner:
+    """Runs batches on one GPU: pinned buffers, asynchronous copies, every bucket a captured graph.
+
+    The model runs on one stream, copies in and out on two others. Two batches are on their way at a time:
+    while the device runs one, the host fills the buffers of the next.
+
+    Args:
+        tokenizer: on the GPU.
+        buckets: sizes that batches are padded to.
+    """
+
+    depth = 2
+
+    def __init__(self, tokenizer: Tokenizer, buckets: Sequence[int]) -> None:
+        self.name = str(tokenizer.device)
+        self.buckets = buckets
+        self._tokenizer = tokenizer
+        self._device = tokenizer.device
+        with torch.cuda.device(self._device):
+            self._compute, self._upload, self._download = (torch.cuda.Stream() for _ in range(3))
+        side = tokenizer.config.image_size
+        item_numel = max(3 * side * side, torch.Size(tokenizer.config.latent_shape).numel())
+        self._slots = itertools.cycle([_Slot(buckets[-1], item_numel) for _ in range(self.depth)])
+        self._captured: dict[BatchKey, CapturedBuckets] = {}
+
+    def warm(self) -> Mapping[Operation, float]:
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self._device), torch.inference_mode(), torch.cuda.stream(self._compute):
+            for key in keys_of(self._tokenizer):
+                self._captured[key] = CapturedBuckets(
+                    self._function(key), self._example(key), self.buckets, pool
+                )
+        for key in keys_of(self._tokenizer):
+            self.launch(key, sample_inputs(self._tokenizer, key, self.buckets[-1])).wait()
+        return _measure(self, self._tokenizer)
+
+    def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
+        slot = next(self._slots)
+        num_items = len(inputs)
+        with torch.cuda.device(self._device), torch.inference_mode():
+            began, ended, copied = (
+                torch.cuda.Event(enable_timing=timed, blocking=True) for timed in (True, True, False)
+            )
+            with torch.cuda.stream(self._upload):
+                batch = slot.fill(inputs).to(self._device, non_blocking=True)
+            self._compute.wait_stream(self._upload)
+            with torch.cuda.stream(self._compute):
+                began.record()
+                batch.record_stream(self._compute)
+                unit = batch.to(self._tokenizer.dtype)
+                results = self._captured[key](unit / 255 if batch.dtype == torch.uint8 else unit)
+                finite = torch.isfinite(results).flatten(1).all(dim=1)
+                ended.record()
+            self._download.wait_stream(self._compute)
+            with torch.cuda.stream(self._download):
+                for tensor in (results, finite):
+                    tensor.record_stream(self._download)
+                host_results = slot.results(results).copy_(results, non_blocking=True)
+                host_finite = slot.finite[:num_items].copy_(finite, non_blocking=True)
+                copied.record()
+        return CudaLaunched(host_results, host_finite, began, ended, copied)
+
+    def free_memory(self) -> None:
+        torch.cuda.empty_cache()
+
+    def _example(self, key: BatchKey) -> Tensor:
+        inputs = sample_inputs(self._tokenizer, key, self.buckets[-1])
+        return torch.stack(inputs).to(self._device, self._tokenizer.dtype)
+
+    def _function(self, key: BatchKey) -> "_Unchecked":
+        return _Unchecked(self._tokenizer, key)
+
+
+@dataclass(frozen=True)
+class _Unchecked:
+    """`compute` without the checks of values, which would wait for the device."""
+
+    tokenizer: Tokenizer
+    key: BatchKey
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        key, tokenizer = self.key, self.tokenizer
+        if key.operation is Operation.DECODE:
+            return tokenizer.pixels(batch, key.normalize)
+        latents = tokenizer.encode(batch, key.latent, key.normalize)
+        return latents if key.operation is Operation.ENCODE else tokenizer.pixels(latents)
+
+
+class _Slot:
+    """Page-locked memory of one batch on its way, its input and its result."""
+
+    def __init__(self, num_items: int, item_numel: int) -> None:
+        num_bytes = num_items * item_numel * torch.float32.itemsize
+        self._input = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._output = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.finite = torch.empty(num_items, dtype=torch.bool, pin_memory=True)
+
+    def fill(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Copy items into the buffer; a view [n, ...] of it comes back."""
+        dtypes = {tensor.dtype for tensor in inputs}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        batch = _view(self._input, (len(inputs), *inputs[0].shape), dtype)
+        for place, tensor in zip(batch, inputs, strict=True):
+            place.copy_(tensor)
+            if tensor.dtype == torch.uint8 != dtype:
+                place.div_(255)
+        return batch
+
+    def results(self, like: Tensor) -> Tensor:
+        """A view of the buffer with the shape and dtype of a device's tensor."""
+        return _view(self._output, tuple(like.shape), like.dtype)
+
+
+def _view(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return buffer[:num_bytes].view(dtype).view(*shape)
+
+
+@dataclass(frozen=True)
+class CudaLaunched:
+    """A batch whose copies and kernels are queued on the GPU."""
+
+    host_results: Tensor
+    host_finite: Tensor
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+    copied: torch.cuda.Event
+
+    def wait(self) -> Outcome:
+        self.copied.synchronize()
+        device_s = self.began.elapsed_time(self.ended) / 1e3
+        # The buffers are the next batch's: what is kept is copied, and becomes float32 on the way.
+        results = self.host_results.to(torch.float32, copy=True)
+        return Outcome(results, self.host_finite.tolist(), time.monotonic() - device_s, device_s)

@@ -1,0 +1,235 @@
+"""A worker: the thread that takes batches, runs them on its device, and delivers what they gave.
+
+When a batch fails it is split and run again, down to single items, so that only the guilty fail.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.errors import ModelError
+from service.batching import BatchKey, FairQueue, Operation, Ticket
+from service.errors import (
+    DeadlineError,
+    DeviceMemoryError,
+    InternalError,
+    LatentsError,
+    ServiceError,
+    translate,
+)
+from service.metrics import Metrics
+from service.rates import Rates
+from service.runner import Launched, Outcome, Runner
+
+logger = logging.getLogger(__name__)
+
+
+class BrokenRunnerError(Exception):
+    """The device fails even on inputs that it ran before."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch on the device."""
+
+    tickets: list[Ticket]
+    launched: Launched
+
+
+class Worker(threading.Thread):
+    """Warms a runner, then runs its batches until the queue is closed and empty, or the device is broken.
+
+    Args:
+        runner: used by this thread alone.
+        queue: where tickets come from.
+        probe: runs a known input on the runner; raises where that fails.
+        rates: where the cost of batches is noted.
+        metrics: where batches and items are counted.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        queue: FairQueue,
+        probe: Callable[[], None],
+        rates: Rates,
+        metrics: Metrics,
+    ) -> None:
+        super().__init__(name=f"drorae-{runner.name}", daemon=True)
+        self.warmed = threading.Event()
+        """Set once every bucket has been run, or that has failed."""
+        self.failure: BaseException | None = None
+        """Why it ended before its time."""
+        self._runner = runner
+        self._queue = queue
+        self._probe = probe
+        self._rates = rates
+        self._metrics = metrics
+        self._busy_since_s: float | None = None
+
+    def busy_s(self) -> float:
+        """How long the batch that runs now has been running, seconds; 0 when there is none."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
+    def run(self) -> None:
+        try:
+            self._warm()
+            self._work()
+        except BaseException as exc:  # the thread's boundary: the engine reports it
+            self.failure = exc
+        finally:
+            self.warmed.set()
+
+    def _warm(self) -> None:
+        for operation, duration_s in self._runner.warm().items():
+            self._rates.record(operation, self._runner.buckets[-1], duration_s)
+        self.warmed.set()
+
+    def _work(self) -> None:
+        """Launch batches, up to the runner's depth, and end them in order."""
+        max_items = self._runner.buckets[-1]
+        flights: list[_Flight] = []
+        while True:
+            tickets = self._queue.take_full(max_items) if flights else self._queue.take(max_items)
+            if not tickets and not flights:
+                return
+            self._busy_since_s = time.monotonic()
+            if live := [ticket for ticket in tickets if self._begin(ticket)]:
+                flights += self._launch(live)
+            if flights and (len(flights) == self._runner.depth or not live):
+                self._end(flights.pop(0))
+            self._busy_since_s = None
+
+    def _begin(self, ticket: Ticket) -> bool:
+        """Whether the ticket is still wanted, and in time."""
+        job = ticket.job
+        operation = job.key.operation
+        now_s = time.monotonic()
+        job.times.taken_s = now_s
+        self._metrics.queue_seconds.labels(operation).observe(now_s - job.times.enqueued_s)
+        if job.settled:
+            self._count(operation, "cancelled")
+            return False
+        if now_s >= job.deadline_s:
+            job.fail(DeadlineError("The deadline passed while the request waited for the model."))
+            self._count(operation, "expired")
+            return False
+        return True
+
+    def _launch(self, tickets: list[Ticket]) -> list[_Flight]:
+        try:
+            inputs = [ticket.tensor for ticket in tickets]
+            return [_Flight(tickets, self._runner.launch(tickets[0].job.key, inputs))]
+        except Exception as exc:  # the worker's boundary: a bad item must not end the thread
+            self._recover(tickets, exc)
+            return []
+
+    def _end(self, flight: _Flight) -> None:
+        try:
+            outcome = flight.launched.wait()
+        except Exception as exc:  # the worker's boundary
+            self._recover(flight.tickets, exc)
+            return
+        self._deliver(flight.tickets, outcome)
+
+    def _recover(self, tickets: list[Ticket], error: Exception) -> None:
+        """After a batch failed: run its halves, so that only the guilty item's request fails."""
+        operation = tickets[0].job.key.operation
+        if is_out_of_memory(error):
+            self._runner.free_memory()
+        if len(tickets) == 1:
+            self._blame(tickets[0], error)
+            return
+        logger.warning("a batch of %d failed and is split: %s", len(tickets), _first_line(error))
+        self._metrics.batch_failures.labels(_reason(error)).inc()
+        middle = len(tickets) // 2
+        for half in (tickets[:middle], tickets[middle:]):
+            self._busy_since_s = time.monotonic()  # each run has the whole time of a batch
+            wanted = [ticket for ticket in half if not ticket.job.settled]
+            for _ in range(len(half) - len(wanted)):
+                self._count(operation, "cancelled")
+            if wanted:
+                for flight in self._launch(wanted):
+                    self._end(flight)
+
+    def _blame(self, ticket: Ticket, error: Exception) -> None:
+        """Fail one item's request; then see whether the device still works."""
+        if is_out_of_memory(error):
+            logger.error("the device has no memory for a single item: %s", _first_line(error))
+            self._fail(
+                ticket, DeviceMemoryError("The device has no memory left for this.", {"Retry-After": "1"})
+            )
+        elif isinstance(error, ModelError):
+            self._fail(ticket, translate(error))
+        else:
+            logger.error("the model failed on an item", exc_info=error)
+            self._check_runner()
+            details = "The model failed on this; the service's log has the details."
+            self._fail(ticket, InternalError(details))
+
+    def _check_runner(self) -> None:
+        """Run a known input.
+
+        Raises:
+            BrokenRunnerError: the device fails on it too.
+        """
+        self._busy_since_s = time.monotonic()
+        try:
+            self._probe()
+        except Exception as exc:
+            raise BrokenRunnerError(f"{self._runner.name} fails on known inputs too") from exc
+
+    def _deliver(self, tickets: list[Ticket], outcome: Outcome) -> None:
+        key = tickets[0].job.key
+        self._record(key, len(tickets), outcome, tickets[0].job.times.taken_s)
+        finished_s = time.monotonic()
+        for ticket, result, finite in zip(tickets, outcome.results, outcome.finite, strict=True):
+            times = ticket.job.times
+            times.started_s, times.finished_s = outcome.started_s, finished_s
+            if finite:
+                self._count(key.operation, "ok")
+                ticket.job.deliver(ticket.index, result)
+            else:
+                overflow = "The model's result overflows: the values given are too large for it."
+                self._fail(ticket, LatentsError(overflow))
+
+    def _record(self, key: BatchKey, num_items: int, outcome: Outcome, taken_s: float) -> None:
+        operation, metrics = key.operation, self._metrics
+        self._queue.charge(operation, outcome.device_s)
+        self._rates.record(operation, num_items, outcome.device_s)
+        bucket = min(bucket for bucket in self._runner.buckets if bucket >= num_items)
+        metrics.batch_wait_seconds.labels(operation).observe(max(0.0, outcome.started_s - taken_s))
+        metrics.device_seconds.labels(operation).observe(outcome.device_s)
+        metrics.device_busy_seconds.labels(self._runner.name).inc(outcome.device_s)
+        metrics.batch_items.labels(operation).observe(num_items)
+        metrics.batch_padding_items.labels(operation).observe(bucket - num_items)
+
+    def _fail(self, ticket: Ticket, error: ServiceError) -> None:
+        if len(ticket.job) > 1:
+            error = type(error)(f"Item {ticket.index}: {error.detail}", error.headers)
+        self._count(ticket.job.key.operation, "failed")
+        ticket.job.fail(error)
+
+    def _count(self, operation: Operation, outcome: str) -> None:
+        self._metrics.items.labels(operation, outcome).inc()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the host, had no memory left."""
+    allocation_failed = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or allocation_failed
+
+
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "out-of-memory"
+    return "refused" if isinstance(error, ModelError) else "error"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
