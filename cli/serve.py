@@ -30,4 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     from service import server  # so that no other command loads the web framework
 
-    return server.run(settings)
+    status = server.run(settings)
+    server.leave_if_stuck(status)
+    return status

@@ -4,7 +4,7 @@ import sys
 
 from pydantic import ValidationError
 
-from service.server import run
+from service.server import leave_if_stuck, run
 from service.settings import ENV_PREFIX, Settings
 
 
@@ -17,7 +17,9 @@ def main() -> int:
         name = "_".join(str(step) for step in first["loc"]).upper()
         sys.stderr.write(f"drorae: {ENV_PREFIX + name if name else 'settings'}: {first['msg']}\n")
         return 2
-    return run(settings)
+    status = run(settings)
+    leave_if_stuck(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: service.metrics
     )
     app.state.pipeline = pipeline
     app.include_router(router)

@@ -189,7 +189,7 @@ class Engine:
         self.start_draining()
         self._closing.set()
         self._queue.close()
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + (0.0 if self._state is EngineState.FAILED else timeout_s)
         for worker in self._workers:
             worker.join(max(0.0, deadline_s - time.monotonic()))
         self.fail_jobs(UnavailableError("The service stopped before the model came to this."))

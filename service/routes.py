@@ -43,7 +43,7 @@ from service.schemas import (
 router = APIRouter()
 
 
-def reject_repeated_options(request: Request) -> None:
+async def reject_repeated_options(request: Request) -> None:
     """Refuse an option that is given twice, instead of choosing one of its values.
 
     Raises:

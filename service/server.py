@@ -1,15 +1,20 @@
 """Running the application: one process, one socket, orderly ends."""
 
+import asyncio
 import logging
+import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
 
 from service.app import create_app
-from service.engine import Engine
+from service.engine import Load, load_tokenizer
+from service.errors import UnavailableError
+from service.pipeline import Pipeline
 from service.settings import Settings, unknown_variables
 
 logger = logging.getLogger(__name__)
@@ -17,19 +22,44 @@ logger = logging.getLogger(__name__)
 EXIT_OK = 0
 EXIT_ADDRESS = 1
 EXIT_MODEL = 2
+EXIT_ENGINE = 3
+
+_DRAIN_INTERVAL_S = 0.02
+_LAST_REQUESTS_S = 0.2
+_LAST_ANSWERS_S = 5
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, except that a shutdown first closes the engine's door, and that a signal ends in an exit."""
+    """Uvicorn, except that it stops in order, and that a signal ends in an exit.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    It is unready at once, and goes on listening while it works on what it accepted: new requests are
+    refused with an answer instead of a reset. Then it closes what is idle, and ends.
+    """
+
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, drain_timeout_s: float) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._pipeline = pipeline
+        self._drain_timeout_s = drain_timeout_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new work, answer what is in flight, stop."""
-        self._engine.start_draining()
+        """Refuse new work, finish what was accepted, stop."""
+        engine, admission = self._pipeline.engine, self._pipeline.admission
+        engine.start_draining()
+        accepted = admission.num_requests
+        logger.info("draining: %d requests in flight", accepted)
+        deadline_s = time.monotonic() + self._drain_timeout_s
+        while admission.num_requests > 0 and time.monotonic() < deadline_s:
+            await asyncio.sleep(_DRAIN_INTERVAL_S)
+        if left := admission.num_requests:
+            logger.error("the drain deadline passed: %d requests are answered 503", left)
+            engine.fail_jobs(UnavailableError("The service stopped before this was done."))
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        await asyncio.sleep(_LAST_REQUESTS_S)  # what open connections still send is refused, and closes them
         await super().shutdown(sockets)
+        logger.info("drained")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,15 +71,20 @@ class Server(uvicorn.Server):
                 self._captured_signals.clear()  # so that uvicorn does not raise them again once drained
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, load: Load = load_tokenizer) -> int:
     """Serve until SIGTERM or SIGINT, which drain requests in flight.
 
     The address goes to stdout, logs to stderr; what keeps the service from running is one sentence
     on stderr.
 
+    Args:
+        settings: everything that can be set.
+        load: gives the tokenizer of one device.
+
     Returns:
         Exit status: 0 after an orderly end, 1 when the address cannot be had, 2 when the model
-        cannot be loaded.
+        cannot be loaded, 3 when the engine hung or died; after 3 a thread may still be stuck, so the
+        process should end by `leave_if_stuck`.
     """
     _configure_logging(settings.log_level)
     for name in unknown_variables():
@@ -65,8 +100,8 @@ def run(settings: Settings) -> int:
         if server is not None:
             server.should_exit = True
 
-    app = create_app(settings, on_failure=stop)
-    engine = app.state.pipeline.engine
+    app = create_app(settings, load=load, on_failure=stop)
+    pipeline = app.state.pipeline
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -74,15 +109,25 @@ def run(settings: Settings) -> int:
         lifespan="on",
         ws="none",
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        proxy_headers=False,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
     )
-    server = Server(config, engine)
+    server = Server(config, pipeline, settings.drain_timeout_s)
     sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
     sys.stdout.flush()
     server.run(sockets=[listener])
+    engine = pipeline.engine
     if engine.failure is not None:
-        return _fail(engine.failure, EXIT_MODEL)
+        return _fail(engine.failure, EXIT_ENGINE if engine.broken else EXIT_MODEL)
     return EXIT_OK
+
+
+def leave_if_stuck(status: int) -> None:
+    """End the process at once where a device may hang, which would keep the interpreter from ending."""
+    if status == EXIT_ENGINE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def listen(host: str, port: int) -> socket.socket:
