@@ -45,7 +45,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def image_rules(settings: Settings, side: int, fit: Fit) -> ImageRules:
     """The service's rules for images, at the model's size."""
-    return ImageRules(side, settings.max_image_pixels, settings.max_aspect_ratio, settings.max_frames, fit)
+    return ImageRules(side, settings.max_image_pixels, settings.max_aspect_ratio, fit, settings.max_frames)
 
 
 def find_photos(folder: Path, excluded: Path | None = None) -> list[Path]:

@@ -59,13 +59,13 @@ _WRITE_OPTIONS: dict[PictureFormat, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What is accepted and how it is fitted: side in pixels, most pixels, largest side ratio, most frames."""
+    """What is accepted: most pixels, largest ratio of the sides, most frames; and the side and fit given."""
 
     side: int
     max_pixels: int
     max_aspect_ratio: float
-    max_frames: int = 1000
     fit: Fit = "crop"
+    max_frames: int = 1000
 
 
 def sniff(data: bytes) -> str | None:

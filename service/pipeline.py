@@ -80,7 +80,7 @@ class Pipeline:
                     yield call
             except TimeoutError as exc:
                 seconds = context.deadline_s - context.started_s
-                raise DeadlineError(f"The request was not done within {seconds:g} s.") from exc
+                raise DeadlineError(f"The request was not done within {seconds:.3g} s.") from exc
             except DisconnectError:
                 self.metrics.disconnects.inc()
                 raise

@@ -206,8 +206,8 @@ async def _read_images(
         tokenizer.config.image_size,
         limits.max_image_pixels,
         limits.max_aspect_ratio,
-        limits.max_frames,
         options.fit,
+        limits.max_frames,
     )
     with call.decoding():
         if kind == RAW:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import tokenize
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,16 @@ NPY_MAGIC = b"\x93NUMPY"
 _SAFETENSORS_FLOATS = ("F16", "BF16", "F32")
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000
 _MAX_NPY_HEADER_CHARS = 10_000
+# What numpy raises on headers, which are Python literals, that are damaged.
+_NPY_HEADER_ERRORS = (
+    ValueError,
+    SyntaxError,
+    tokenize.TokenError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    EOFError,
+)
 
 
 def read_raw(data: bytes, shape: Sequence[int] | None, dtype: str | None) -> Tensor:
@@ -64,7 +75,7 @@ def read_npy(data: bytes) -> Tensor:
         if version not in readers:
             raise MalformedError(f"The .npy file has format version {version}; 1.0 and 2.0 are read.")
         shape, fortran_order, dtype = readers[version](stream, max_header_size=_MAX_NPY_HEADER_CHARS)
-    except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, EOFError) as exc:
+    except _NPY_HEADER_ERRORS as exc:
         raise MalformedError("The body is not a readable .npy file: its header is damaged.") from exc
     if dtype.newbyteorder("=") not in (np.dtype(np.float16), np.dtype(np.float32)):
         raise LatentsError(f"The .npy file has dtype {dtype}; float16 and float32 are read.")

@@ -94,6 +94,7 @@ def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
             if wait_ready:
                 assert engine.wait_until_settled(30)
                 assert client.get("/readyz").status_code == 200, engine.failure
+                getattr(engine.tokenizer, "arm", lambda: None)()
             yield RunningServer(url, client, app)
     finally:
         server.should_exit = True
@@ -152,10 +153,12 @@ def latents(tokenizer: Tokenizer) -> torch.Tensor:
 
 
 class GatedTokenizer:
-    """A tokenizer whose ``encode`` waits at a gate, so that tests decide when the model is busy."""
+    """A tokenizer whose ``encode`` waits at a gate, once it is armed, so that tests decide when the model is
+    busy. Serve it with ``cpu_workers=1``, where the order of batches matters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._armed = False
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
         self.batch_sizes: list[int] = []
@@ -163,10 +166,15 @@ class GatedTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
+    def arm(self) -> None:
+        """From now on encodes wait, and are counted: the engine has warmed up."""
+        self._armed = True
+
     def encode(self, images: torch.Tensor, **options: Any) -> torch.Tensor:
-        self.batch_sizes.append(len(images))
-        self.entered.release()
-        assert self.gate.wait(30)
+        if self._armed:
+            self.batch_sizes.append(len(images))
+            self.entered.release()
+            assert self.gate.wait(30)
         return self._tokenizer.encode(images, **options)
 
 

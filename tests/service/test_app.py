@@ -1,7 +1,10 @@
 """The application as a whole: loading, overload, deadlines, the end, the unexpected."""
 
 import asyncio
+import base64
+import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,15 +16,33 @@ import torch
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.batching import BatchKey, Item, Operation
+from service.batching import BatchKey, Job, Operation
 from service.settings import Settings
 
 Check = Callable[..., dict[str, Any]]
 FAR_S = float("inf")
 
 
-def image_items(num_items: int) -> list[Item]:
-    return [Item(BatchKey(Operation.ENCODE), torch.zeros(3, 64, 64)) for _ in range(num_items)]
+def occupy(running: Any, num_items: int = 1) -> Job:
+    """Give the engine work that no request waits for."""
+    job = Job(BatchKey(Operation.ENCODE), [torch.zeros(3, 64, 64)] * num_items, FAR_S)
+    running.engine.submit(job)
+    return job
+
+
+def waiting_items(running: Any) -> float:
+    return running.app.state.pipeline.metrics.registry.get_sample_value("drorae_pending_items")
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
 
 
 def test_loading(serve: Any, tokenizer: Tokenizer, png: bytes, check_problem: Check) -> None:
@@ -63,54 +84,87 @@ def test_broken_checkpoint(serve: Any, png: bytes, check_problem: Check) -> None
 
 
 def test_full_queue(serve: Any, gated: Any, png: bytes, check_problem: Check) -> None:
-    settings = Settings(queue_limit_items=2, max_items_per_request=2, batch_size=1, retry_after_s=4)
-    with serve(create_app(settings, gated)) as running:
-        busy = running.engine.submit(image_items(1), FAR_S)
+    settings = Settings(
+        queue_limit_items=3, max_items_per_request=3, batch_size=1, cpu_workers=1, retry_after_s=4
+    )
+    with serve(create_app(settings, gated)) as running, ThreadPoolExecutor(2) as pool:
+        accepted = pool.submit(running.client.post, "/encode", files=[("images", png)] * 2)
         assert gated.entered.acquire(timeout=30)
-        one = running.engine.submit(image_items(1), FAR_S)
-        response = running.client.post("/encode", files=[("images", png)] * 2)
-        check_problem(response, 429, "queue-full", "1 of at most 2 items wait, and 2 more came")
-        assert response.headers["retry-after"] == "4"
-        two = running.engine.submit(image_items(1), FAR_S)
-        check_problem(running.client.post("/encode", content=png), 429, "queue-full")
+        assert waiting_items(running) == 2
+        for options in ({"files": [("images", png)] * 2}, {"json": {"images": [base64_of(png)] * 2}}):
+            response = running.client.post("/encode", **options)
+            check_problem(response, 429, "queue-full", "at most 3 items", "not yet answered")
+            assert int(response.headers["retry-after"]) >= 4
+        assert waiting_items(running) == 2
+        raw = running.client.post("/encode?shape=2&shape=3&shape=64&shape=64&dtype=uint8", content=b"x")
+        check_problem(raw, 429, "queue-full", "2 of at most 3 items", "and 2 more came")
+        one = pool.submit(running.client.post, "/encode", content=png)
+        eventually(lambda: waiting_items(running) == 3)
+        check_problem(running.client.post("/decode", content=b"x"), 429, "queue-full", "and 1 more came")
         assert running.client.get("/readyz").status_code == 200
         gated.gate.set()
-        for future in busy + one + two:
-            future.result(30)
+        assert accepted.result(30).status_code == one.result(30).status_code == 200
+        eventually(lambda: waiting_items(running) == 0)
         assert running.client.post("/encode", content=png).status_code == 200
+        assert 'rejected_requests_total{reason="items"} 4.0' in running.client.get("/metrics").text
+
+
+def test_full_of_bytes(serve: Any, gated: Any, png: bytes, check_problem: Check) -> None:
+    limit = max(1024, int(1.5 * len(png)))
+    settings = Settings(queue_limit_bytes=limit, max_body_bytes=limit, cpu_workers=1)
+    with serve(create_app(settings, gated)) as running:
+        address = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as slow:
+            head = f"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n\r\n"
+            slow.sendall(head.encode() + png[:10])
+            eventually(lambda: waiting_items(running) == 1)
+            check_problem(running.client.post("/encode", content=png), 429, "queue-full", f"{limit} bytes")
+        eventually(lambda: waiting_items(running) == 0)
+        gated.gate.set()
+        assert running.client.post("/encode", content=png).status_code == 200
+        metrics = running.client.get("/metrics").text
+        assert 'rejected_requests_total{reason="bytes"} 1.0' in metrics
+        assert "drorae_disconnects_total 1.0" in metrics
+        assert "drorae_pending_bytes 0.0" in metrics
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(
+    serve: Any, gated: Any, png: bytes, check_problem: Check
+) -> None:
+    with serve(create_app(Settings(cpu_workers=1), gated)) as running, ThreadPoolExecutor(1) as pool:
+        running.engine.rates._item_s[Operation.ENCODE] = 100.0
+        accepted = pool.submit(running.client.post, "/encode", content=png)
+        assert gated.entered.acquire(timeout=30)
+        response = running.client.post("/encode", content=png)
+        check_problem(response, 429, "queue-full", "takes about 100.0 s", "deadline")
+        assert response.headers["retry-after"] == "100"
+        gated.gate.set()
+        assert accepted.result(30).status_code == 200
 
 
 def test_deadline(serve: Any, gated: Any, png: bytes, check_problem: Check) -> None:
-    with serve(create_app(Settings(request_timeout_s=0.3, batch_size=1), gated)) as running:
-        busy = running.engine.submit(image_items(1), FAR_S)
+    with serve(create_app(Settings(request_timeout_s=0.3, batch_size=1, cpu_workers=1), gated)) as running:
+        busy = occupy(running)
         assert gated.entered.acquire(timeout=30)
         check_problem(running.client.post("/encode", content=png), 504, "deadline-passed", "within 0.3 s")
         gated.gate.set()
-        busy[0].result(30)
+        busy.future.result(30)
         assert running.client.post("/encode", content=png).status_code == 200
         assert gated.batch_sizes == [1, 1], "the item of the late request was taken back"
+        assert 'items_total{operation="encode",outcome="expired"} 1.0' in running.client.get("/metrics").text
 
 
 def test_requests_share_batches(serve: Any, gated: Any, png: bytes) -> None:
-    with serve(create_app(Settings(batch_size=8), gated)) as running:
-        submitted = threading.Semaphore(0)
-        submit = running.engine.submit
-
-        def counting_submit(*args: Any) -> Any:
-            futures = submit(*args)
-            submitted.release()
-            return futures
-
-        running.engine.submit = counting_submit
-        with ThreadPoolExecutor(4) as pool:
-            answers = [pool.submit(running.client.post, "/encode", content=png)]
-            assert gated.entered.acquire(timeout=30)
-            assert submitted.acquire(timeout=30)
-            answers += [pool.submit(running.client.post, "/encode", content=png) for _ in range(3)]
-            for _ in range(3):
-                assert submitted.acquire(timeout=30)
-            gated.gate.set()
-            contents = {answer.result(30).content for answer in answers}
+    with (
+        serve(create_app(Settings(batch_size=8, cpu_workers=1), gated)) as running,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        answers = [pool.submit(running.client.post, "/encode", content=png)]
+        assert gated.entered.acquire(timeout=30)
+        answers += [pool.submit(running.client.post, "/encode", content=png) for _ in range(3)]
+        eventually(lambda: len(running.engine._queue) == 3)
+        gated.gate.set()
+        contents = {answer.result(30).content for answer in answers}
         assert gated.batch_sizes == [1, 3]
         assert {len(content) for content in contents} == {len(next(iter(contents)))}
 
@@ -126,26 +180,21 @@ def test_the_event_loop_stays_free(serve: Any, gated: Any, png: bytes) -> None:
 
 
 def test_items_of_a_client_that_went_away_are_taken_back(serve: Any, gated: Any, png: bytes) -> None:
-    with serve(create_app(Settings(batch_size=1), gated)) as running:
-        busy = running.engine.submit(image_items(1), FAR_S)
+    with serve(create_app(Settings(batch_size=1, cpu_workers=1), gated)) as running:
+        busy = occupy(running)
         assert gated.entered.acquire(timeout=30)
-        cancelled = threading.Event()
-        submit = running.engine.submit
-
-        def watching_submit(*args: Any) -> Any:
-            futures = submit(*args)
-            futures[0].add_done_callback(lambda _: cancelled.set())
-            return futures
-
-        running.engine.submit = watching_submit
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{running.url}/encode", content=png, timeout=0.3)
-        assert cancelled.wait(30)
+        eventually(lambda: waiting_items(running) == 0)
+        assert len(running.engine._queue) == 0
         gated.gate.set()
-        busy[0].result(30)
-        running.engine.submit = submit
+        busy.future.result(30)
         assert running.client.post("/encode", content=png).status_code == 200
         assert gated.batch_sizes == [1, 1]
+        metrics = running.client.get("/metrics").text
+        assert "drorae_disconnects_total 1.0" in metrics
+        assert 'items_total{operation="encode",outcome="cancelled"} 1.0' in metrics
+        assert 'requests_total{outcome="disconnected",route="/encode"} 1.0' in metrics
 
 
 def test_unexpected_errors_are_problems_and_leak_nothing(

@@ -342,6 +342,13 @@ class TestLatents:
             response = client.post("/decode", content=body[:-cut], headers={"Content-Type": media_type})
             check_problem(response, 400, "malformed")
 
+    @pytest.mark.parametrize("header", [b"(", b"{'descr': '<f4'", b"\0", b"'''", b"{'a': 1}", b"[" * 200])
+    def test_npy_headers_that_are_no_literals(
+        self, client: httpx.Client, check_problem: Check, header: bytes
+    ) -> None:
+        body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        check_problem(client.post("/decode", content=body), 400, "malformed", "header is damaged")
+
     def test_npy_headers_cost_nothing(self, client: httpx.Client, check_problem: Check) -> None:
         """A header may declare terabytes: they are neither allocated nor unpickled."""
         header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }\n"

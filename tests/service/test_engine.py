@@ -1,9 +1,8 @@
-"""The engine: futures, batching, deadlines, failures, the end."""
+"""The engine: jobs, batching, deadlines, failures of items, of devices and of threads, the end."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,33 @@ from torch import Tensor
 
 from model.errors import CheckpointError, FusionError, LatentError
 from model.tokenizer import Tokenizer
-from service.batching import BatchKey, Item, Operation
-from service.engine import EngineState, ThreadEngine, load_tokenizer
-from service.errors import DeadlineError, InternalError, LatentsError, QueueFullError, UnavailableError
+from service.batching import BatchKey, Job, Operation
+from service.engine import Engine, EngineState, load_tokenizer, share_cores, visible_devices
+from service.errors import (
+    DeadlineError,
+    DeviceMemoryError,
+    InternalError,
+    LatentsError,
+    ServiceError,
+    UnavailableError,
+)
 from service.metrics import Metrics
 from service.settings import Settings
 
 FAR_S = float("inf")
 ENCODE = BatchKey(Operation.ENCODE)
 DECODE = BatchKey(Operation.DECODE)
+RECONSTRUCT = BatchKey(Operation.RECONSTRUCT)
+TOLERANCE = 1e-5  # of float32, between one batch size and another
 
 
 @contextmanager
-def running(tokenizer: Any, **settings: Any) -> Iterator[ThreadEngine]:
-    engine = ThreadEngine(Settings(**settings), Metrics(), load=lambda _: tokenizer)
+def running(tokenizer: Any, **settings: Any) -> Iterator[Engine]:
+    engine = Engine(Settings(**{"cpu_workers": 1, **settings}), Metrics(), load=lambda _: tokenizer)
     engine.start()
     assert engine.wait_until_settled(30)
+    assert engine.state is EngineState.READY, engine.failure
+    getattr(tokenizer, "arm", lambda: None)()
     try:
         yield engine
     finally:
@@ -41,120 +51,275 @@ def images(num_items: int, side: int = 64) -> list[Tensor]:
     return list(torch.rand((num_items, 3, side, side), generator=torch.Generator().manual_seed(3)))
 
 
-def items(key: BatchKey, tensors: list[Tensor]) -> list[Item]:
-    return [Item(key, tensor) for tensor in tensors]
+def submit(engine: Engine, key: BatchKey, inputs: list[Tensor], deadline_s: float = FAR_S) -> Job:
+    job = Job(key, inputs, deadline_s)
+    engine.submit(job)
+    return job
 
 
-def results(futures: list[Future[Tensor]]) -> Tensor:
-    return torch.stack([future.result(30) for future in futures])
-
-
-def sample(engine: ThreadEngine, name: str, **labels: str) -> float | None:
+def sample(engine: Engine, name: str, **labels: str) -> float | None:
     return engine._metrics.registry.get_sample_value(name, labels)
 
 
 def test_results_are_the_tokenizers(tokenizer: Tokenizer) -> None:
     inputs = images(3)
-    with running(tokenizer) as engine:
+    with running(tokenizer, batch_size=4) as engine:
         for key in (ENCODE, BatchKey(Operation.ENCODE, "base"), BatchKey(Operation.ENCODE, normalize=True)):
             expected = tokenizer.encode(torch.stack(inputs), latent=key.latent, normalize=key.normalize)
-            torch.testing.assert_close(results(engine.submit(items(key, inputs), FAR_S)), expected)
+            torch.testing.assert_close(submit(engine, key, inputs).future.result(30), expected)
         latents = tokenizer.encode(torch.stack(inputs))
-        decoded = results(engine.submit(items(DECODE, list(latents)), FAR_S))
+        decoded = submit(engine, DECODE, list(latents)).future.result(30)
         torch.testing.assert_close(decoded, tokenizer.decode(latents))
-        reconstructed = results(engine.submit(items(BatchKey(Operation.RECONSTRUCT), inputs), FAR_S))
-        torch.testing.assert_close(reconstructed, decoded)
+        torch.testing.assert_close(submit(engine, RECONSTRUCT, inputs).future.result(30), decoded)
         assert sample(engine, "drorae_items_total", operation="encode", outcome="ok") == 9
 
 
-def test_waiting_items_share_batches(gated: Any) -> None:
-    with running(gated, batch_size=4) as engine:
-        first = engine.submit(items(ENCODE, images(1)), FAR_S)
-        assert gated.entered.acquire(timeout=30)
-        second = engine.submit(items(ENCODE, images(3)), FAR_S)
-        third = engine.submit(items(ENCODE, images(3)), FAR_S)
-        gated.gate.set()
-        results(first + second + third)
-        assert gated.batch_sizes == [1, 4, 2]
-        assert sample(engine, "drorae_batch_items_sum", operation="encode") == 7
-
-
-def test_full_queue_refuses(gated: Any) -> None:
-    with running(gated, batch_size=1, queue_limit_items=2, max_items_per_request=2) as engine:
-        taken = engine.submit(items(ENCODE, images(1)), FAR_S)
-        assert gated.entered.acquire(timeout=30)
-        waiting = engine.submit(items(ENCODE, images(2)), FAR_S)
-        assert sample(engine, "drorae_queue_items") == 2
-        with pytest.raises(QueueFullError):
-            engine.check_ready()
-        with pytest.raises(QueueFullError):
-            engine.submit(items(ENCODE, images(1)), FAR_S)
-        gated.gate.set()
-        results(taken + waiting)
-        engine.check_ready()
-
-
-def test_expired_and_cancelled_items_are_skipped(gated: Any) -> None:
+def test_bytes_and_floats_share_a_batch(tokenizer: Tokenizer, gated: Any) -> None:
+    exact = [image.mul(255).round() / 255 for image in images(2)]
+    as_bytes = exact[0].mul(255).round().to(torch.uint8)
     with running(gated) as engine:
-        first = engine.submit(items(ENCODE, images(1)), FAR_S)
+        busy = submit(engine, ENCODE, images(1))
         assert gated.entered.acquire(timeout=30)
-        expired, cancelled, good = engine.submit(
-            items(ENCODE, images(1)), time.monotonic() - 1
-        ) + engine.submit(items(ENCODE, images(2)), FAR_S)
-        assert cancelled.cancel()
+        job = submit(engine, ENCODE, [as_bytes, exact[1]])
         gated.gate.set()
-        results([*first, good])
-        with pytest.raises(DeadlineError):
-            expired.result(30)
+        busy.future.result(30)
+        expected = tokenizer.encode(torch.stack(exact))
+        torch.testing.assert_close(job.future.result(30), expected, atol=TOLERANCE, rtol=0)
+        assert gated.batch_sizes == [1, 2]
+
+
+@pytest.mark.parametrize("operation", list(Operation))
+@pytest.mark.parametrize("num_items", [1, 2, 3, 5, 8])
+def test_a_result_does_not_depend_on_its_batch(
+    tokenizer: Tokenizer, operation: Operation, num_items: int
+) -> None:
+    inputs = images(num_items)
+    if operation is Operation.DECODE:
+        inputs = list(tokenizer.encode(torch.stack(inputs)))
+    with running(tokenizer) as engine:
+        together = submit(engine, BatchKey(operation), inputs).future.result(30)
+        alone = [submit(engine, BatchKey(operation), [each]).future.result(30) for each in inputs]
+    torch.testing.assert_close(together, torch.cat(alone), atol=TOLERANCE, rtol=0)
+
+
+def test_waiting_items_share_batches_that_are_padded_to_their_bucket(gated: Any) -> None:
+    with running(gated, batch_size=4, batch_buckets=(1, 4)) as engine:
+        first = submit(engine, ENCODE, images(1))
+        assert gated.entered.acquire(timeout=30)
+        others = [submit(engine, ENCODE, images(3)) for _ in range(2)]
+        gated.gate.set()
+        for job in (first, *others):
+            assert torch.isfinite(job.future.result(30)).all()
+        assert gated.batch_sizes == [1, 4, 4]
+        assert sample(engine, "drorae_batch_items_sum", operation="encode") == 7
+        assert sample(engine, "drorae_batch_padding_items_sum", operation="encode") == 2
+
+
+def test_workers_run_side_by_side(gated: Any) -> None:
+    with running(gated, cpu_workers=2) as engine:
+        jobs = [submit(engine, ENCODE, images(1)) for _ in range(2)]
+        for _ in jobs:
+            assert gated.entered.acquire(timeout=30)
+        gated.gate.set()
+        for job in jobs:
+            job.future.result(30)
+        busy_s = engine._metrics.device_busy_seconds
+        assert all(busy_s.labels(f"cpu:{index}")._value.get() > 0 for index in (0, 1))
+
+
+def test_expired_and_cancelled_items_never_reach_the_device(gated: Any) -> None:
+    with running(gated) as engine:
+        first = submit(engine, ENCODE, images(1))
+        assert gated.entered.acquire(timeout=30)
+        expired = submit(engine, ENCODE, images(1), time.monotonic() - 1)
+        cancelled = submit(engine, ENCODE, images(2))
+        good = submit(engine, ENCODE, images(1))
+        engine.cancel(cancelled, DeadlineError("gone"))
+        gated.gate.set()
+        first.future.result(30)
+        good.future.result(30)
+        for job in (expired, cancelled):
+            with pytest.raises(DeadlineError):
+                job.future.result(30)
         assert gated.batch_sizes == [1, 1]
         assert sample(engine, "drorae_items_total", operation="encode", outcome="expired") == 1
-        assert sample(engine, "drorae_items_total", operation="encode", outcome="cancelled") == 1
+        assert sample(engine, "drorae_items_total", operation="encode", outcome="cancelled") == 2
 
 
 class Fussy:
-    """A tokenizer that fails on batches that hold a marked item."""
+    """A tokenizer that fails on batches that hold a marked item, or that are too large."""
 
-    def __init__(self, tokenizer: Tokenizer, error: Exception) -> None:
+    def __init__(self, tokenizer: Tokenizer, error: Exception, max_items: int = 1000) -> None:
         self._tokenizer = tokenizer
         self._error = error
+        self._max_items = max_items
+        self.num_batches = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def encode(self, batch: Tensor, **options: Any) -> Tensor:
-        if (batch.flatten(1).amin(dim=1) < 0).any():
+        self.num_batches += 1
+        if len(batch) > self._max_items or (batch.flatten(1).amin(dim=1) < 0).any():
             raise self._error
         return self._tokenizer.encode(batch, **options)
 
 
 @pytest.mark.parametrize(
-    ("error", "seen"), [(RuntimeError("kernel failed"), InternalError), (LatentError("no"), LatentError)]
+    ("error", "seen", "reason"),
+    [
+        (RuntimeError("kernel failed"), InternalError, "error"),
+        (LatentError("no"), LatentsError, "refused"),
+        (torch.OutOfMemoryError("CUDA out of memory"), DeviceMemoryError, "out-of-memory"),
+        (MemoryError(), DeviceMemoryError, "out-of-memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), DeviceMemoryError, "out-of-memory"),
+    ],
 )
 def test_a_failing_item_fails_alone(
-    tokenizer: Tokenizer, gated: Any, error: Exception, seen: type[Exception]
+    tokenizer: Tokenizer, gated: Any, error: Exception, seen: type[ServiceError], reason: str
 ) -> None:
-    inputs = images(3)
-    inputs[1] = inputs[1] - 5
+    inputs = images(8)
+    inputs[5] = inputs[5] - 5
     gated._tokenizer = Fussy(tokenizer, error)
     with running(gated) as engine:
-        first = engine.submit(items(ENCODE, images(1)), FAR_S)
+        first = submit(engine, ENCODE, images(1))
         assert gated.entered.acquire(timeout=30)
-        futures = engine.submit(items(ENCODE, inputs), FAR_S)
+        jobs = [submit(engine, ENCODE, [each]) for each in inputs]
         gated.gate.set()
-        results([*first, futures[0], futures[2]])
-        with pytest.raises(seen):
-            futures[1].result(30)
-        results(engine.submit(items(ENCODE, images(1)), FAR_S))
+        first.future.result(30)
+        for index, job in enumerate(jobs):
+            if index == 5:
+                with pytest.raises(seen):
+                    job.future.result(30)
+            else:
+                assert torch.isfinite(job.future.result(30)).all()
+        assert sample(engine, "drorae_batch_failures_total", reason=reason) == 3
+        submit(engine, ENCODE, images(1)).future.result(30)
+        assert engine.state is EngineState.READY
+
+
+def test_a_request_with_a_guilty_item_says_which(tokenizer: Tokenizer) -> None:
+    inputs = images(3)
+    inputs[1] = inputs[1] - 5
+    with (
+        running(Fussy(tokenizer, LatentError("bad"))) as engine,
+        pytest.raises(LatentsError, match="Item 1: Bad"),
+    ):
+        submit(engine, ENCODE, inputs).future.result(30)
+
+
+def test_batches_too_large_for_the_memory_are_halved(tokenizer: Tokenizer, gated: Any) -> None:
+    with running(gated) as engine:
+        gated._tokenizer = Fussy(tokenizer, torch.OutOfMemoryError("CUDA out of memory"), max_items=3)
+        gated.gate.set()
+        assert submit(engine, ENCODE, images(8)).future.result(30).shape == (8, 32, 8, 8)
+        assert gated.batch_sizes == [8, 4, 2, 2, 4, 2, 2]
 
 
 def test_overflow_is_an_error_and_not_a_nan(tokenizer: Tokenizer) -> None:
     with running(tokenizer) as engine:
-        huge, fine = engine.submit(
-            items(DECODE, [torch.full((32, 8, 8), 3e38), torch.zeros((32, 8, 8))]), FAR_S
-        )
+        huge = submit(engine, DECODE, [torch.full((32, 8, 8), 3e38)])
+        fine = submit(engine, DECODE, [torch.zeros((32, 8, 8))])
         with pytest.raises(LatentsError, match="overflow"):
-            huge.result(30)
-        assert torch.isfinite(fine.result(30)).all()
+            huge.future.result(30)
+        assert torch.isfinite(fine.future.result(30)).all()
+
+
+def broken_engine(tokenizer: Any, **settings: Any) -> tuple[Engine, threading.Event]:
+    told = threading.Event()
+    engine = Engine(
+        Settings(cpu_workers=1, batch_size=1, **settings),
+        Metrics(),
+        load=lambda _: tokenizer,
+        on_failure=told.set,
+    )
+    engine.start()
+    assert engine.wait_until_settled(30)
+    assert engine.state is EngineState.READY, engine.failure
+    return engine, told
+
+
+def test_a_hung_device_fails_everything_that_was_accepted(gated: Any) -> None:
+    engine, told = broken_engine(gated, hang_timeout_s=0.5)
+    gated.arm()
+    jobs = [submit(engine, ENCODE, images(1)) for _ in range(3)]
+    assert told.wait(10)
+    assert engine.state is EngineState.FAILED
+    assert engine.broken
+    assert "busy with one batch for over 0.5 s" in str(engine.failure)
+    for job in jobs:
+        with pytest.raises(UnavailableError, match="engine has failed"):
+            job.future.result(10)
+    for call in (engine.check_ready, lambda: submit(engine, ENCODE, images(1))):
+        with pytest.raises(UnavailableError, match="engine has failed"):
+            call()
+    started_s = time.monotonic()
+    engine.close(30)
+    assert time.monotonic() - started_s < 5, "it does not wait for what hangs"
+    gated.gate.set()
+
+
+class Dying:
+    """A tokenizer that raises once it is told to."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.error: BaseException | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, batch: Tensor, **options: Any) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return self._tokenizer.encode(batch, **options)
+
+    reconstruct = encode
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(SystemExit(), "SystemExit"), (RuntimeError("an illegal memory access"), "fails on known inputs")],
+)
+def test_a_dead_engine_fails_everything_that_was_accepted(
+    tokenizer: Tokenizer, error: BaseException, words: str
+) -> None:
+    dying = Dying(tokenizer)
+    engine, told = broken_engine(dying)
+    dying.error = error
+    jobs = [submit(engine, ENCODE, images(1)) for _ in range(2)]
+    assert told.wait(10)
+    assert words in str(engine.failure)
+    for job in jobs:
+        with pytest.raises(UnavailableError, match="engine has failed"):
+            job.future.result(10)
+    engine.close(30)
+
+
+def test_batches_slower_than_a_hang_are_refused_at_start(tokenizer: Tokenizer) -> None:
+    engine = Engine(Settings(cpu_workers=1, hang_timeout_s=1e-4), Metrics(), load=lambda _: tokenizer)
+    engine.start()
+    assert engine.wait_until_settled(30)
+    assert engine.state is EngineState.FAILED
+    assert "hang_timeout_s=0.0001" in str(engine.failure)
+    assert "lower batch_size" in str(engine.failure)
+    engine.close(30)
+
+
+def test_every_bucket_is_run_before_the_engine_is_ready(tokenizer: Tokenizer) -> None:
+    sizes: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def reconstruct(self, batch: Tensor, **options: Any) -> Tensor:
+            sizes.append(len(batch))
+            return tokenizer.reconstruct(batch, **options)
+
+    with running(Counting(), batch_size=6) as engine:
+        assert set(sizes) == {1, 2, 3, 4, 6}
+        assert all(engine.rates.duration_s({operation: 1}, 1) > 0 for operation in Operation)
 
 
 def test_life_from_loading_to_stopped(tokenizer: Tokenizer) -> None:
@@ -164,10 +329,10 @@ def test_life_from_loading_to_stopped(tokenizer: Tokenizer) -> None:
         assert go.wait(30)
         return tokenizer
 
-    engine = ThreadEngine(Settings(retry_after_s=3), Metrics(), load=load)
+    engine = Engine(Settings(retry_after_s=3), Metrics(), load=load)
     engine.start()
     assert engine.state is EngineState.LOADING
-    for call in (engine.check_ready, lambda: engine.tokenizer, lambda: engine.submit([], FAR_S)):
+    for call in (engine.check_ready, lambda: engine.tokenizer, lambda: submit(engine, ENCODE, [])):
         with pytest.raises(UnavailableError, match="still loading") as caught:
             call()
         assert caught.value.headers == {"Retry-After": "3"}
@@ -177,35 +342,32 @@ def test_life_from_loading_to_stopped(tokenizer: Tokenizer) -> None:
     engine.start_draining()
     assert engine.state is EngineState.DRAINING
     with pytest.raises(UnavailableError, match="draining"):
-        engine.submit([], FAR_S)
-    assert engine.tokenizer is tokenizer
+        engine.check_ready()
+    submit(engine, ENCODE, images(1)).future.result(30)  # admitted before, decoded since
     engine.close(30)
     assert engine.state is EngineState.STOPPED
+    with pytest.raises(UnavailableError):
+        submit(engine, ENCODE, images(1))
 
 
 def test_draining_finishes_what_was_taken(gated: Any) -> None:
-    engine = ThreadEngine(Settings(batch_size=1), Metrics(), load=lambda _: gated)
-    engine.start()
-    assert engine.wait_until_settled(30)
-    futures = engine.submit(items(ENCODE, images(3)), FAR_S)
-    assert gated.entered.acquire(timeout=30)
-    engine.start_draining()
-    gated.gate.set()
-    engine.close(30)
-    assert results(futures).shape == (3, 32, 8, 8)
+    with running(gated, batch_size=1) as engine:
+        job = submit(engine, ENCODE, images(3))
+        assert gated.entered.acquire(timeout=30)
+        engine.start_draining()
+        gated.gate.set()
+        engine.close(30)
+        assert job.future.result(30).shape == (3, 32, 8, 8)
 
 
 def test_close_gives_up_after_its_time(gated: Any) -> None:
-    engine = ThreadEngine(Settings(batch_size=1), Metrics(), load=lambda _: gated)
-    engine.start()
-    assert engine.wait_until_settled(30)
-    running_one, waiting_one = engine.submit(items(ENCODE, images(2)), FAR_S)
-    assert gated.entered.acquire(timeout=30)
-    engine.close(0)
-    with pytest.raises(UnavailableError, match="stopped"):
-        waiting_one.result(30)
-    gated.gate.set()
-    running_one.result(30)
+    with running(gated, batch_size=1) as engine:
+        jobs = [submit(engine, ENCODE, images(1)) for _ in range(2)]
+        assert gated.entered.acquire(timeout=30)
+        engine.close(0)
+        for job in jobs:
+            with pytest.raises(UnavailableError, match="stopped"):
+                job.future.result(30)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +384,11 @@ def test_failed_loading_is_remembered_and_told(error: Exception, words: str) -> 
 
     told = threading.Event()
     on_failure: Callable[[], None] = told.set
-    engine = ThreadEngine(Settings(), Metrics(), load=load, on_failure=on_failure)
+    engine = Engine(Settings(), Metrics(), load=load, on_failure=on_failure)
     engine.start()
     assert told.wait(30)
     assert engine.state is EngineState.FAILED
+    assert not engine.broken
     assert engine.failure is not None
     assert words in engine.failure
     with pytest.raises(UnavailableError, match="could not be loaded"):
@@ -245,3 +408,51 @@ def test_the_settings_choose_what_computes_the_fusion(
     assert [load(fusion).fusion_path for fusion in ("folded", "reference")] == ["folded", "reference"]
     with pytest.raises(FusionError, match="fusion=triton cannot run: the device is cpu"):
         load("triton")
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "devices"),
+    [
+        ("auto", 0, ["cpu"]),
+        ("cpu", 2, ["cpu"]),
+        ("auto", 2, ["cuda:0", "cuda:1"]),
+        ("cuda", 2, ["cuda:0", "cuda:1"]),
+        ("cuda:1", 2, ["cuda:1"]),
+        ("cuda:2", 2, None),
+        ("cuda", 0, None),
+    ],
+)
+def test_one_engine_a_visible_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, num_gpus: int, devices: list[str] | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    if devices is None:
+        with pytest.raises(UnavailableError, match=f"'{device}' is not there"):
+            visible_devices(device)
+    else:
+        assert visible_devices(device) == devices
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert share_cores(0, 0) == (4, 4)
+    assert share_cores(0, 2) == (2, 1)
+    assert share_cores(8, 0) == (8, 2)
+    assert share_cores(8, 4) == (8, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_items", [1, 3, 8, 20])
+def test_a_gpus_results_are_the_tokenizers(num_items: int) -> None:
+    """Captured, padded, copied beside one another: the same numbers as an eager encode or decode."""
+    settings = Settings(device="cuda:0", dtype="bfloat16", batch_size=8)
+    tokenizer = load_tokenizer(settings)
+    inputs = [image.mul(255).to(torch.uint8) for image in images(num_items, 256)]
+    with running(tokenizer, device="cuda:0", batch_size=8) as engine:
+        for key in (ENCODE, RECONSTRUCT, BatchKey(Operation.ENCODE, "base")):
+            jobs = [submit(engine, key, inputs) for _ in range(3)]
+            act = tokenizer.encode if key.operation is Operation.ENCODE else tokenizer.reconstruct
+            expected = act(torch.stack(inputs), latent=key.latent).float().cpu()
+            for job in jobs:
+                torch.testing.assert_close(job.future.result(60), expected, atol=5e-2, rtol=5e-2)

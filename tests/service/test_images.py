@@ -5,6 +5,7 @@ import io
 import struct
 import time
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,15 @@ from service.errors import ImageError, MalformedError, TooLargeError
 from service.images import ImageRules, read_image, read_pixels, sniff, write_picture
 
 SIDE = 64
+
+
+def unit_image(*arguments: Any) -> torch.Tensor:
+    """What `read_image` gives, in [0, 1]."""
+    pixels = read_image(*arguments)
+    assert pixels.dtype == torch.uint8
+    return pixels.float() / 255
+
+
 RULES = ImageRules(side=SIDE, max_pixels=1_000_000, max_aspect_ratio=20)
 EXACT = 0.5 / 255
 
@@ -42,7 +52,7 @@ def expect(picture: Image.Image) -> torch.Tensor:
 
 
 def assert_pixels(data: bytes, expected: torch.Tensor, atol: float = EXACT) -> None:
-    pixels = read_image(data, RULES)
+    pixels = unit_image(data, RULES)
     assert pixels.shape == (3, SIDE, SIDE)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, expected, atol=atol, rtol=0)
@@ -96,7 +106,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
 def test_16_bit_grey_with_a_transparent_value() -> None:
     values = np.full((SIDE, SIDE), 40000, dtype=np.uint16)
     values[:, : SIDE // 2] = 1234
-    pixels = read_image(file_of(Image.fromarray(values), "PNG", transparency=1234), RULES)
+    pixels = unit_image(file_of(Image.fromarray(values), "PNG", transparency=1234), RULES)
     assert torch.equal(pixels[:, :, : SIDE // 2], torch.ones(3, SIDE, SIDE // 2))
     torch.testing.assert_close(pixels[:, 0, -1], torch.full((3,), 40000 / 65535), atol=EXACT, rtol=0)
 
@@ -191,7 +201,7 @@ def test_icc_profile_is_applied() -> None:
     """In a linear-light space, half of the light is the value 188 of sRGB."""
     linear = linear_light_profile()
     grey = Image.new("RGB", (SIDE, SIDE), GREY)
-    pixels = read_image(file_of(grey, "PNG", icc_profile=linear), RULES)
+    pixels = unit_image(file_of(grey, "PNG", icc_profile=linear), RULES)
     torch.testing.assert_close(pixels, torch.full_like(pixels, 188 / 255), atol=2 / 255, rtol=0)
 
 
@@ -224,7 +234,7 @@ def linear_light_profile() -> bytes:
 def test_every_size_and_fit_gives_the_model_size(size: tuple[int, int], fit: str) -> None:
     rules = ImageRules(SIDE, 1_000_000, 20, fit)  # type: ignore[arg-type]
     picture = Image.new("RGB", size, (10, 200, 30))
-    from_file = read_image(file_of(picture, "PNG"), rules)
+    from_file = unit_image(file_of(picture, "PNG"), rules)
     from_tensor = read_pixels(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255, rules)
     assert from_file.shape == from_tensor.shape == (3, SIDE, SIDE)
     torch.testing.assert_close(from_file, from_tensor, atol=1.01 / 255, rtol=0)
@@ -237,7 +247,7 @@ def test_crop_takes_the_centre_and_pad_adds_white() -> None:
     wide = Image.new("RGB", (3 * SIDE, SIDE), BLUE)
     wide.paste(RED, (SIDE, 0, 2 * SIDE, SIDE))
     assert_pixels(file_of(wide, "PNG"), expect(Image.new("RGB", (SIDE, SIDE), RED)))
-    padded = read_image(file_of(wide, "PNG"), ImageRules(SIDE, 1_000_000, 20, "pad"))
+    padded = unit_image(file_of(wide, "PNG"), ImageRules(SIDE, 1_000_000, 20, "pad"))
     assert torch.equal(padded[:, 0], torch.ones(3, SIDE))
     assert torch.equal(padded[:, -1], torch.ones(3, SIDE))
     assert torch.equal(padded[:, SIDE // 2, 0], torch.tensor([0.0, 0.0, 1.0]))
@@ -247,7 +257,7 @@ def test_resize_is_antialiased() -> None:
     checkers = np.indices((8 * SIDE, 8 * SIDE)).sum(axis=0) % 2 * 255
     picture = Image.fromarray(checkers.astype(np.uint8)).convert("RGB")
     for pixels in (
-        read_image(file_of(picture, "PNG"), RULES),
+        unit_image(file_of(picture, "PNG"), RULES),
         read_pixels(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255, RULES),
     ):
         torch.testing.assert_close(pixels, torch.full_like(pixels, 0.5), atol=0.02, rtol=0)
@@ -258,7 +268,7 @@ def test_huge_declared_sizes_are_refused_from_the_header() -> None:
     complete = png_header(30_000, 30_000, file_of(QUADRANTS, "PNG")[33:])
     for data in (png_header(30_000, 30_000), complete):
         with pytest.raises(TooLargeError, match="30000x30000 = 900000000 pixels"):
-            read_image(data, RULES)
+            unit_image(data, RULES)
     assert time.monotonic() - started_s < 1
 
 
@@ -266,13 +276,13 @@ def test_huge_declared_sizes_are_refused_from_the_header() -> None:
 def test_pixel_limit_holds_for_every_format(kind: str) -> None:
     data = file_of(Image.new("RGB", (300, 200)), kind)
     with pytest.raises(TooLargeError, match="60000 pixels"):
-        read_image(data, ImageRules(SIDE, 59_999, 20))
+        unit_image(data, ImageRules(SIDE, 59_999, 20))
 
 
 def test_elongated_images_are_refused() -> None:
     for size in ((1, 5000), (5000, 1)):
         with pytest.raises(ImageError, match="ratio of 5000"):
-            read_image(file_of(Image.new("RGB", size), "PNG"), RULES)
+            unit_image(file_of(Image.new("RGB", size), "PNG"), RULES)
     with pytest.raises(ImageError, match="ratio of 5000"):
         read_pixels(torch.zeros(3, 1, 5000), RULES)
 
@@ -283,7 +293,7 @@ def test_truncated_files_are_named(kind: str, kept: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
     data = file_of(Image.fromarray(noise), kind)
     with pytest.raises(MalformedError, match=r"^Image 3 is a damaged or truncated"):
-        read_image(data[: max(20, int(len(data) * kept))], RULES, "image 3")
+        unit_image(data[: max(20, int(len(data) * kept))], RULES, "image 3")
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's own about damaged metadata
@@ -297,19 +307,19 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
             places = rng.integers(2, len(data), 4)
             damaged[places] = rng.integers(0, 255, 4)
             with contextlib.suppress(MalformedError, ImageError, TooLargeError):
-                assert read_image(damaged.tobytes(), RULES).shape == (3, SIDE, SIDE)
+                assert unit_image(damaged.tobytes(), RULES).shape == (3, SIDE, SIDE)
 
 
 def test_floating_point_tiff_has_no_defined_colours() -> None:
     data = file_of(Image.fromarray(np.zeros((8, 8), dtype=np.float32)), "TIFF")
     with pytest.raises(ImageError, match="colours are not defined"):
-        read_image(data, RULES)
+        unit_image(data, RULES)
 
 
 @pytest.mark.parametrize("data", [b"hello, I am text", b"<svg/>", b"\x00" * 64])
 def test_text_is_no_image(data: bytes) -> None:
     with pytest.raises(MalformedError, match="not an image in a readable format"):
-        read_image(data, RULES)
+        unit_image(data, RULES)
 
 
 def test_pictures_are_written_rounded() -> None:
@@ -321,5 +331,18 @@ def test_pictures_are_written_rounded() -> None:
         data = write_picture(pixels, kind)  # type: ignore[arg-type]
         assert sniff(data).lower() == kind
         atol = 1.01 * EXACT if kind == "png" else 8 / 255
-        torch.testing.assert_close(read_image(data, RULES), pixels, atol=atol, rtol=0)
+        torch.testing.assert_close(unit_image(data, RULES), pixels, atol=atol, rtol=0)
     assert to_bytes(torch.tensor([0.0, 0.5 / 255, 1.51 / 255, 1.0])).tolist() == [0, 0, 2, 255]
+
+
+def animation(num_frames: int, kind: str) -> bytes:
+    frames = [Image.new("RGB", (8, 8), (60 * index, 0, 0)) for index in range(num_frames)]
+    return file_of(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_many_frames_are_refused_and_few_give_the_first(kind: str) -> None:
+    rules = ImageRules(SIDE, 1_000_000, 20, max_frames=3)
+    assert unit_image(animation(3, kind), rules).amax() < 0.01
+    with pytest.raises(TooLargeError, match="more than 3 frames"):
+        read_image(animation(4, kind), rules)

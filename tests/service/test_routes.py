@@ -76,7 +76,7 @@ def opened(content: bytes) -> Tensor:
 @pytest.fixture(scope="module")
 def original(png: bytes) -> Tensor:
     """The shared photo as the model sees it, [1, 3, S, S]."""
-    return read_image(png, RULES)[None]
+    return read_image(png, RULES)[None].float().contiguous() / 255
 
 
 @pytest.mark.parametrize("answer_format", LATENT_FORMATS)
@@ -437,8 +437,10 @@ def test_server_timing_names_the_stages(client: httpx.Client, png: bytes) -> Non
     timing = client.post("/encode", content=png).headers["server-timing"]
     assert [entry.split(";")[0] for entry in timing.split(", ")] == [
         "read",
-        "parse",
-        "model",
-        "write",
+        "decode",
+        "queue",
+        "batch",
+        "device",
+        "encode",
         "total",
     ]

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 
-from model.tokenizer import Tokenizer
 from service import server
 from service.app import create_app
 from service.settings import Settings
@@ -73,41 +73,110 @@ def test_a_fusion_that_cannot_run(
     assert capsys.readouterr().err.startswith("drorae: fusion=triton cannot run: ")
 
 
-def test_a_signal_drains(
-    applications: list[Any],
-    gated: Any,
-    png: bytes,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """SIGTERM in the middle of a request: it is answered, and the exit status is 0."""
-    monkeypatch.setattr(Tokenizer, "load", lambda *_, **__: gated)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    listening = threading.Event()
-    draining = threading.Event()
-    original_write = sys.stdout.write
-    monkeypatch.setattr(sys.stdout, "write", lambda text: (original_write(text), listening.set())[0])
+class Running:
+    """`server.run` in this process's main thread, with a second thread that acts upon it."""
 
-    def act() -> int:
-        assert listening.wait(30)
-        engine = applications[0].state.pipeline.engine
-        start_draining = engine.start_draining
-        engine.start_draining = lambda: (start_draining(), draining.set())
-        assert engine.wait_until_settled(30)
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(httpx.post, f"http://127.0.0.1:{port}/encode", content=png, timeout=30)
+    def __init__(self, applications: list[Any], gated: Any, act: Callable[["Running"], Any]) -> None:
+        self._applications = applications
+        self._act = act
+        self.gated = gated
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @property
+    def engine(self) -> Any:
+        return self._applications[0].state.pipeline.engine
+
+    def serve(self, **settings: Any) -> tuple[int, Any]:
+        """The exit status, and what the acting thread returned."""
+        listening = threading.Event()
+        with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+            write = sys.stdout.write
+            patch.setattr(sys.stdout, "write", lambda text: (write(text), listening.set())[0])
+
+            def act() -> Any:
+                assert listening.wait(30)
+                try:
+                    assert self.engine.wait_until_settled(30)
+                    self.gated.arm()
+                    return self._act(self)
+                except BaseException:  # the service must end for the test to fail
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise
+
+            acted = pool.submit(act)
+            status = server.run(
+                Settings(port=self.port, cpu_workers=1, **settings), load=lambda _: self.gated
+            )
+            return status, acted.result(30)
+
+
+def test_a_signal_drains(
+    applications: list[Any], gated: Any, png: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM in the middle of a request: unready, new work refused, the request answered, status 0."""
+
+    def act(running: Running) -> tuple[int, int, int, str]:
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=running.url, timeout=30) as client:
+            answer = pool.submit(httpx.post, f"{running.url}/encode", content=png, timeout=30)
             assert gated.entered.acquire(timeout=30)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert draining.wait(30)
+            while (ready := client.get("/readyz")).status_code == 200:
+                pass
+            refused = client.post("/encode", content=png)
             gated.gate.set()
-            return answer.result(30).status_code
+            return answer.result(30).status_code, ready.status_code, refused.status_code, refused.text
 
-    with ThreadPoolExecutor(1) as pool:
-        answered = pool.submit(act)
-        assert server.run(Settings(port=port)) == 0
-        assert answered.result(30) == 200
-    assert capfd.readouterr().out == f"DRoRAE mini on http://127.0.0.1:{port}\n"
+    running = Running(applications, gated, act)
+    status, (answered, ready, refused, text) = running.serve()
+    assert (status, answered, ready, refused) == (0, 200, 503, 503)
+    assert "draining" in text
+    assert capfd.readouterr().out == f"DRoRAE mini on {running.url}\n"
+
+
+def test_what_outlasts_the_drain_is_told_so(applications: list[Any], gated: Any, png: bytes) -> None:
+    def act(running: Running) -> httpx.Response:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(httpx.post, f"{running.url}/encode", content=png, timeout=30)
+            assert gated.entered.acquire(timeout=30)
+            os.kill(os.getpid(), signal.SIGTERM)
+            response = answer.result(30)
+            gated.gate.set()
+            return response
+
+    status, response = Running(applications, gated, act).serve(drain_timeout_s=0.2)
+    assert status == 0
+    assert response.status_code == 503
+    assert "stopped before this was done" in response.json()["detail"]
+
+
+def test_a_hung_engine_ends_the_service(
+    applications: list[Any], gated: Any, png: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No signal is needed: accepted requests get 503, and the exit status is 3."""
+
+    def act(running: Running) -> list[int]:
+        with ThreadPoolExecutor(2) as pool:
+            answers = [
+                pool.submit(httpx.post, f"{running.url}/encode", content=png, timeout=30) for _ in range(2)
+            ]
+            return [answer.result(30).status_code for answer in answers]
+
+    status, answered = Running(applications, gated, act).serve(hang_timeout_s=1.0, batch_size=1)
+    assert status == server.EXIT_ENGINE == 3
+    assert answered == [503, 503]
+    assert "drorae: the engine failed: drorae-cpu:0 has been busy" in capfd.readouterr().err
+
+
+def test_a_stuck_process_leaves_at_once() -> None:
+    script = (
+        "import threading, service.server as s\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "s.leave_if_stuck(s.EXIT_ENGINE)"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False)
+    assert finished.returncode == 3
 
 
 def test_process(checkpoint: Path, png: bytes) -> None:
