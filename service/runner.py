@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.capture import CapturedBuckets, bucket_for
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, finite_items
 from service.batching import BatchKey, Operation
 
 
@@ -159,8 +159,7 @@ class HostRunner:
         padding = bucket_for(num_items, self.buckets) - num_items
         results = compute(self._tokenizer, key, collate([*inputs, *itertools.repeat(inputs[-1], padding)]))
         kept = results[:num_items].float().cpu()
-        finite = torch.isfinite(kept).flatten(1).all(dim=1).tolist()
-        return HostLaunched(Outcome(kept, finite, started_s, time.monotonic() - started_s))
+        return HostLaunched(Outcome(kept, finite_items(kept).tolist(), started_s, time.monotonic() - started_s))
 
     def free_memory(self) -> None:
         pass
@@ -180,7 +179,10 @@ def collate(inputs: Sequence[Tensor]) -> Tensor:
     """Items to a batch; where only some images are bytes, all become floats in [0, 1]."""
     if len({tensor.dtype for tensor in inputs}) > 1:
         inputs = [tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor for tensor in inputs]
-    return torch.stack(list(inputs))
+    if all(tensor.is_contiguous() for tensor in inputs):
+        return torch.stack(list(inputs))
+    # Pictures as decoded are interleaved, and copied so: planes are made of them where the model runs.
+    return torch.stack([tensor.movedim(0, -1) for tensor in inputs]).movedim(-1, 1)
 
 
 class CudaRunner:
@@ -234,7 +236,7 @@ class CudaRunner:
                 batch.record_stream(self._compute)
                 unit = batch.to(self._tokenizer.dtype)
                 results = self._captured[key](unit / 255 if batch.dtype == torch.uint8 else unit)
-                finite = torch.isfinite(results).flatten(1).all(dim=1)
+                finite = finite_items(results)
                 ended.record()
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from model.tokenizer import finite_items
 from service.errors import LatentsError, MalformedError, OptionError, UnprocessableError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -153,10 +154,10 @@ def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         OptionError: a number is too large for it.
     """
     narrowed = tensor.to(dtype)
-    if dtype.is_floating_point and not torch.isfinite(narrowed).all():
-        largest = tensor.abs().max().item()
+    largest = tensor.abs().max()
+    if dtype.is_floating_point and not torch.isfinite(largest.to(dtype)):
         raise OptionError(
-            f"The numbers reach {largest:.4g}, too large for {str(dtype).removeprefix('torch.')}: "
+            f"The numbers reach {largest.item():.4g}, too large for {str(dtype).removeprefix('torch.')}: "
             f"ask for dtype=bfloat16 or float32."
         )
     return narrowed
@@ -164,7 +165,7 @@ def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def first_non_finite(batch: Tensor) -> int | None:
     """Index of the first item of [N, ...] that holds a NaN or an infinity, or None."""
-    finite = torch.isfinite(batch).flatten(1).all(dim=1)
+    finite = finite_items(batch)
     return None if bool(finite.all()) else int((~finite).nonzero()[0])
 
 
