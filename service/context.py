@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from service.tracing import TraceContext
+
 
 @dataclass
 class RequestContext:
@@ -15,6 +17,8 @@ class RequestContext:
         deadline_s: when the request's time is up, on the clock of `time.monotonic`.
         outcome: ``ok``, or the slug of the problem that was answered.
         durations_s: seconds spent by stage, in order.
+        trace: where the request stands in a distributed trace.
+        stages: every stage as it ran: its name, when it began on that clock, seconds it took.
     """
 
     request_id: str
@@ -22,6 +26,8 @@ class RequestContext:
     started_s: float = field(default_factory=time.monotonic)
     outcome: str = "ok"
     durations_s: dict[str, float] = field(default_factory=dict)
+    trace: TraceContext = field(default_factory=TraceContext.fresh)
+    stages: list[tuple[str, float, float]] = field(default_factory=list)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -30,7 +36,12 @@ class RequestContext:
         try:
             yield
         finally:
-            self.durations_s[stage] = self.durations_s.get(stage, 0.0) + time.monotonic() - started_s
+            self.record(stage, started_s, time.monotonic() - started_s)
+
+    def record(self, stage: str, started_s: float, duration_s: float) -> None:
+        """Add to a stage time that was taken elsewhere; ``started_s`` is on the clock of `time.monotonic`."""
+        self.durations_s[stage] = self.durations_s.get(stage, 0.0) + duration_s
+        self.stages.append((stage, started_s, duration_s))
 
     def elapsed_s(self) -> float:
         """Seconds since the request came."""

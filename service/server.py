@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
+from service import logs
 from service.app import create_app
 from service.engine import Engine
+from service.metrics import Metrics
+from service.protocol import protocol_class
 from service.settings import Settings, unknown_variables
 
 logger = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def run(settings: Settings) -> int:
         Exit status: 0 after an orderly end, 1 when the address cannot be had, 2 when the model
         cannot be loaded.
     """
-    _configure_logging(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     for name in unknown_variables():
         logger.warning("the environment variable %s names no setting and is ignored", name)
     try:
@@ -67,15 +71,7 @@ def run(settings: Settings) -> int:
 
     app = create_app(settings, on_failure=stop)
     engine = app.state.pipeline.engine
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-    )
+    config = uvicorn_config(app, settings, app.state.pipeline.metrics)
     server = Server(config, engine)
     sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
     sys.stdout.flush()
@@ -83,6 +79,23 @@ def run(settings: Settings) -> int:
     if engine.failure is not None:
         return _fail(engine.failure, EXIT_MODEL)
     return EXIT_OK
+
+
+def uvicorn_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """How uvicorn serves the application: its loop, its parser with our bounds, its timeouts."""
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=protocol_class(settings, metrics),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here uses the client's address
+        timeout_keep_alive=settings.keep_alive_timeout_s,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -112,14 +125,6 @@ def listen(host: str, port: int) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its lifecycle lines say what ours do
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients' mistakes, told to them
 
 
 def _fail(reason: str, status: int) -> int:
