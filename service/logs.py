@@ -22,6 +22,7 @@ ACCESS_FIELDS = (
 )
 """What a record may carry beyond its message; the client's address and its headers are not among it."""
 
+_encode = json.JSONEncoder(default=str, check_circular=False).encode
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -43,7 +44,7 @@ class JsonFormatter(logging.Formatter):
             document["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             document["stack"] = self.formatStack(record.stack_info)
-        return json.dumps(document, default=str)  # escapes line breaks, so that a record stays one line
+        return _encode(document)  # escapes line breaks, so that a record stays one line
 
 
 def configure(level: str, log_format: LogFormat) -> None:
@@ -56,6 +57,8 @@ def configure(level: str, log_format: LogFormat) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_TEXT_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    # Neither format shows them, and they cost time at every record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if log_format == "json":
         logging.captureWarnings(True)  # Python prints them as several lines of text
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its lifecycle lines say what ours do

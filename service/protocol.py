@@ -6,7 +6,6 @@ headers may be; a client that sends them byte by byte, or never ends them, would
 
 import asyncio
 import json
-import uuid
 from typing import Any, ClassVar
 
 import httptools
@@ -21,6 +20,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import random_hex
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
@@ -188,7 +188,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._say(error)
 
     def _say(self, error: ServiceError) -> None:
-        body = json.dumps(problem(error, uuid.uuid4().hex)).encode()
+        body = json.dumps(problem(error, random_hex(32))).encode()
         head = (
             f"content-type: {PROBLEM_MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )

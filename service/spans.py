@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from service.context import RequestContext
 from service.errors import StartError
-from service.tracing import new_span_id
+from service.tracing import random_hex
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -119,7 +119,7 @@ class SpanExport:
         spans = [
             ReadableSpan(
                 stage,
-                context=_span_context(context.trace.trace_id, new_span_id()),
+                context=_span_context(context.trace.trace_id, random_hex(16)),
                 parent=own,
                 resource=self._resource,
                 instrumentation_scope=self._scope,

@@ -5,7 +5,7 @@ of vendors' own ``key=value`` members (https://www.w3.org/TR/trace-context/). A 
 its own under the trace that its client names, or under a fresh one.
 """
 
-import os
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ MAX_TRACESTATE_CHARS = 512
 _MAX_MEMBERS = 32
 _MAX_MEMBER_CHARS = 128  # longer members are the first to go where the list is too long
 _MAX_RECEIVED_CHARS = 8192
-_NUM_TRACE_BYTES, _NUM_SPAN_BYTES = 16, 8
 _SAMPLED = 1
+_random = random.Random()  # our own: a program that seeds the module's would make ids repeat
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[\x20-\x7e]*)?")
 _MEMBER = re.compile(
     r"([a-z][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13})"
@@ -48,8 +48,7 @@ class TraceContext:
     @classmethod
     def fresh(cls, sampled: bool = False) -> "TraceContext":
         """The beginning of a trace."""
-        random = os.urandom(_NUM_TRACE_BYTES + _NUM_SPAN_BYTES).hex()
-        return cls(random[: 2 * _NUM_TRACE_BYTES], random[2 * _NUM_TRACE_BYTES :], sampled=sampled)
+        return cls(random_hex(32), random_hex(16), sampled=sampled)
 
     @classmethod
     def of(
@@ -69,7 +68,7 @@ class TraceContext:
         trace_id, parent_id, flags = parent
         return cls(
             trace_id,
-            new_span_id(),
+            random_hex(16),
             parent_id,
             bool(flags & _SAMPLED),
             parse_tracestate(tracestates) if tracestates else "",
@@ -81,9 +80,9 @@ class TraceContext:
         return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
 
 
-def new_span_id() -> str:
-    """A random span id, 16 hexadecimal digits."""
-    return os.urandom(_NUM_SPAN_BYTES).hex()
+def random_hex(num_digits: int) -> str:
+    """A random id that is not all zeros, in lower-case hexadecimal; unique, but no secret."""
+    return f"{_random.randrange(1, 16**num_digits):0{num_digits}x}"
 
 
 def parse_tracestate(values: Sequence[str]) -> str:
