@@ -45,6 +45,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _refused = False  # nothing that comes in is read any more
     _in_head = False  # a request has begun, its headers are not complete
     _in_body = False  # the headers of a request are complete, its body is not
+    _in_upgrade = False  # the parser stops after this head, as if another protocol followed
     _num_headers = 0
     _head_bytes = 0  # of the request line and headers, as parsed
     _silent_bytes = 0  # came since the parser last had something to tell
@@ -74,9 +75,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._silent_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refused = True  # nothing is upgraded to: the request is answered as HTTP/1.1, then closed
+            self._feed(memoryview(data))
         except httptools.HttpParserError as exc:
             self._refuse_bytes(exc)
             return
@@ -107,12 +106,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise MalformedError("This is no proxy.")
+            self._in_upgrade = True
+            return
         self._stop_timer()
         self._silent_bytes = 0
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
-        if self.parser.should_upgrade():
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Part of the body."""
@@ -121,6 +123,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body is complete."""
+        if self._in_upgrade:
+            return
         self._in_body = False
         self._silent_bytes = 0
         self._stop_timer()
@@ -138,6 +142,28 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             super().shutdown()
+
+    def _feed(self, data: memoryview) -> None:
+        """Parse; a request to change the protocol is taken as if it were none, which HTTP allows.
+
+        Java's client, for one, offers HTTP/2 with its first request. The parser would stop there and
+        lose the request's body, and with it the connection.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._in_upgrade = False
+                lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self._http_version())]
+                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
+            else:
+                return
+
+    def _http_version(self) -> bytes:
+        return self.parser.get_http_version().encode()
 
     def _await_request(self) -> None:
         """Between requests: the rest of what has begun must come soon, the beginning of the next may take."""
@@ -158,7 +184,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse_bytes(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__
-        if isinstance(cause, HeadersTooLargeError):
+        if isinstance(cause, ServiceError):
             self._refuse(cause)
         else:  # a target that is no URL reaches us as the parser's error as well
             self._refuse(MalformedError("This is not HTTP/1.1."))
