@@ -14,7 +14,7 @@ def main() -> int:
         settings = Settings()
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
-        name = "_".join(str(step) for step in first["loc"]).upper()
+        name = str(first["loc"][0]).upper() if first["loc"] else ""
         sys.stderr.write(f"drorae: {ENV_PREFIX + name if name else 'settings'}: {first['msg']}\n")
         return 2
     status = run(settings)

@@ -5,16 +5,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
+from service.auth import ApiKeys
 from service.engine import Engine, Load, load_tokenizer
 from service.errors import install_handlers
 from service.metrics import Metrics
-from service.middleware import RequestMiddleware
+from service.middleware import REQUEST_ID_HEADER, TIMEOUT_HEADER, GateMiddleware, RequestMiddleware
 from service.openapi import install_openapi
 from service.pipeline import Pipeline
 from service.routes import router, service_version
 from service.settings import Settings
+from service.spans import SpanExport
+from service.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
 
 _DESCRIPTION = (
     "Image tokenizer: images to latents, enriched by fusing the layers of a frozen vision transformer, "
@@ -22,6 +26,10 @@ _DESCRIPTION = (
     "Formats are chosen by `Accept` or `?format=`. Errors are problem documents (RFC 9457)."
 )
 _NAMED_ROUTES = ("/encode", "/decode", "/reconstruct", "/info", "/livez", "/readyz", "/metrics", "/docs")
+_CORS_METHODS = ("GET", "HEAD", "POST")
+_TRACE_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
+_CORS_ALLOWED = ("Authorization", "Content-Type", REQUEST_ID_HEADER, TIMEOUT_HEADER, *_TRACE_HEADERS)
+_CORS_EXPOSED = ("shape", "dtype", REQUEST_ID_HEADER, "Server-Timing", "Retry-After", *_TRACE_HEADERS)
 
 
 def create_app(
@@ -37,13 +45,18 @@ def create_app(
         settings: everything that can be set.
         tokenizer: served instead of the checkpoint that the settings name.
         load: gives the tokenizer otherwise; called in the engine's thread.
-        on_failure: called, in the engine's thread, when loading failed.
+        on_failure: called, in the engine's thread, when it failed, at loading or later.
+
+    Raises:
+        StartError: unusable API keys, or traces without the extra that exports them.
     """
     metrics = Metrics()
     engine = Engine(
         settings, metrics, load=load if tokenizer is None else lambda _: tokenizer, on_failure=on_failure
     )
     pipeline = Pipeline(settings, engine, metrics)
+    keys = ApiKeys(settings)
+    spans = SpanExport(settings.otlp_endpoint, service_version()) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -51,6 +64,8 @@ def create_app(
         yield
         await asyncio.to_thread(engine.close, settings.drain_timeout_s)
         pipeline.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="DRoRAE",
@@ -64,11 +79,29 @@ def create_app(
     app.state.pipeline = pipeline
     app.include_router(router)
     install_handlers(app)
-    install_openapi(app)
+    install_openapi(app, keys_required=keys.required)
+    _add_middleware(app, settings, pipeline, keys, spans)
+    return app
+
+
+def _add_middleware(
+    app: FastAPI, settings: Settings, pipeline: Pipeline, keys: ApiKeys, spans: SpanExport | None
+) -> None:
+    """Each one goes around those before it."""
+    app.add_middleware(GateMiddleware, keys=keys, max_request_timeout_s=settings.max_request_timeout_s)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=_CORS_METHODS,
+            allow_headers=_CORS_ALLOWED,
+            expose_headers=_CORS_EXPOSED,
+        )
     app.add_middleware(
         RequestMiddleware,
         request_timeout_s=settings.request_timeout_s,
-        metrics=metrics,
+        metrics=pipeline.metrics,
         routes=_NAMED_ROUTES,
+        on_end=spans.add if spans is not None else None,
+        is_closing=lambda: pipeline.engine.closing,
     )
-    return app

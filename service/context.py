@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from service.tracing import TraceContext
+
 
 class Stage(NamedTuple):
     """A part of a request's time: its name, when it began (`time.monotonic`), how long it took; seconds."""
@@ -24,6 +26,7 @@ class RequestContext:
         deadline_s: when the request's time is up, on the clock of `time.monotonic`.
         outcome: ``ok``, or the slug of the problem that was answered.
         stages: where the time went, in order: read, decode, queue, batch, device, encode.
+        trace: where the request stands in a distributed trace.
     """
 
     request_id: str
@@ -31,6 +34,7 @@ class RequestContext:
     started_s: float = field(default_factory=time.monotonic)
     outcome: str = "ok"
     stages: list[Stage] = field(default_factory=list)
+    trace: TraceContext = field(default_factory=TraceContext.fresh)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:

@@ -121,6 +121,11 @@ class Engine:
         return self._state
 
     @property
+    def closing(self) -> bool:
+        """Whether it will never take work again."""
+        return self.broken or self._state in (EngineState.DRAINING, EngineState.STOPPED)
+
+    @property
     def num_workers(self) -> int:
         """Workers that share the queue; 0 while loading."""
         return len(self._workers)

@@ -2,8 +2,10 @@
 
 ::
 
+    StartError                  what keeps the service from starting; no client sees it
     ServiceError
     ├── MalformedError          400  not what it claims to be: empty, truncated, not decodable
+    ├── UnauthorizedError       401  no key, or a wrong one
     ├── NotFoundError           404  no such path
     ├── MethodError             405  the path does not take this method
     ├── NotAcceptableError      406  none of the media types in Accept can be produced
@@ -15,6 +17,7 @@
     │   ├── LatentsError             wrong shape, dtype or value
     │   └── ForeignCheckpointError   latents of another checkpoint
     ├── QueueFullError          429  try again later
+    ├── HeadersTooLargeError    431  too many request headers, or too large ones
     ├── DisconnectError         499  the client went away; nobody sees it
     ├── InternalError           500  our fault
     ├── UnavailableError        503  loading, draining, or the model cannot be run
@@ -44,6 +47,10 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:drorae:problem:"
 
 
+class StartError(Exception):
+    """The settings ask for what cannot be had: one sentence, without a full stop, for stderr."""
+
+
 class ServiceError(Exception):
     """Root of the errors that have an HTTP status.
 
@@ -66,6 +73,15 @@ class MalformedError(ServiceError):
     """The body is not what it claims to be."""
 
     status, slug, title = 400, "malformed", "Malformed request"
+
+
+class UnauthorizedError(ServiceError):
+    """The request carries no key, or none that is known."""
+
+    status, slug, title = 401, "unauthorized", "Unauthorized"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, {"WWW-Authenticate": "Bearer"})
 
 
 class NotFoundError(ServiceError):
@@ -134,6 +150,12 @@ class QueueFullError(ServiceError):
     status, slug, title = 429, "queue-full", "Queue full"
 
 
+class HeadersTooLargeError(ServiceError):
+    """The request line and headers have more bytes or fields than are read."""
+
+    status, slug, title = 431, "headers-too-large", "Request headers too large"
+
+
 class DisconnectError(ServiceError):
     """The client went away before its answer; the status is nginx's for that."""
 
@@ -171,21 +193,21 @@ _FOREIGN_STATUSES: dict[int, type[ServiceError]] = {
 }
 
 
-def translate(error: Exception) -> ServiceError:
-    """The `ServiceError` for any exception; an unexpected one is logged and becomes a 500."""
+def translate(error: Exception, request_id: str = "") -> ServiceError:
+    """The `ServiceError` for any exception; an unexpected one is logged under the id and becomes a 500."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, RequestValidationError):
         return OptionError(describe_validation(error.errors()[0], "option"))
     if isinstance(error, HTTPException):
-        return _from_http_exception(error)
+        return _from_http_exception(error, request_id)
     if isinstance(error, LatentError):
         return LatentsError(str(error))
     if isinstance(error, ModelImageError):
         return ImageError(str(error))
     if isinstance(error, ModelError):
         return UnprocessableError(str(error))
-    logger.error("unexpected error", exc_info=error)
+    _log_unexpected("unexpected error", error, request_id)
     return InternalError("The service failed unexpectedly; its log has the details under this request_id.")
 
 
@@ -215,7 +237,7 @@ def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
 
 def problem_response(error: Exception, context: RequestContext) -> JSONResponse:
     """The response for any exception; notes in ``context`` how the request came out."""
-    known = translate(error)
+    known = translate(error, context.request_id)
     context.outcome = known.slug
     return JSONResponse(
         problem(known, context.request_id), known.status, headers=known.headers, media_type=PROBLEM_MEDIA_TYPE
@@ -235,10 +257,14 @@ def install_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def _from_http_exception(error: HTTPException) -> ServiceError:
+def _log_unexpected(message: str, error: Exception, request_id: str) -> None:
+    logger.error("%s id=%s", message, request_id, exc_info=error, extra={"request_id": request_id})
+
+
+def _from_http_exception(error: HTTPException, request_id: str) -> ServiceError:
     kind = _FOREIGN_STATUSES.get(error.status_code)
     if kind is None:
-        logger.error("unexpected HTTP status %d from the framework", error.status_code, exc_info=error)
+        _log_unexpected(f"unexpected HTTP status {error.status_code} from the framework", error, request_id)
         return InternalError(
             "The service failed unexpectedly; its log has the details under this request_id."
         )

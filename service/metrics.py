@@ -39,6 +39,11 @@ class Metrics:
             "Requests refused for lack of room, by reason (items, bytes, deadline).",
             "reason",
         )
+        self.rejected_connections = self._counter(
+            "rejected_connections",
+            "Connections closed, by reason (limit, header-timeout, header-bytes, slow-reader).",
+            "reason",
+        )
         self.disconnects = self._counter(
             "disconnects", "Requests whose client went away before the answer, which freed their place."
         )

@@ -1,92 +1,251 @@
-"""The outermost layer: request ids, timing, metrics, and a problem document for what nobody caught."""
+"""The outermost layers of the application, pure ASGI, so that bodies stream through untouched.
 
+`RequestMiddleware` knows every request: its id, trace, time, bytes and outcome. `GateMiddleware`,
+inside it, turns away who has no key, sets the deadline, and is the boundary of unexpected errors.
+Cross-origin rules stand between the two, so that refusals and failures have their headers as well.
+"""
+
+import asyncio
+import functools
 import logging
 import re
 import time
-import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.auth import ApiKeys
 from service.context import RequestContext
-from service.errors import problem_response
+from service.errors import InternalError, MalformedError, OptionError, UnauthorizedError, problem_response
 from service.metrics import Metrics
+from service.spans import FinishedRequest
+from service.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER, TraceContext, random_hex
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-ID"
+TIMEOUT_HEADER = "X-Request-Timeout"
+TIMEOUT_PATTERN = r"^(?=.*[1-9])[0-9]{1,15}(\.[0-9]{1,15})?$"
+"""Positive seconds, as the header writes them."""
+
+PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
+"""What probes ask without a key."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+_TIMEOUT = re.compile(TIMEOUT_PATTERN)
 _OTHER_ROUTE = "other"
+_REQUEST_ID_NAME, _TIMEOUT_NAME = REQUEST_ID_HEADER.lower().encode(), TIMEOUT_HEADER.lower().encode()
+_TRACEPARENT_NAME, _TRACESTATE_NAME = TRACEPARENT_HEADER.encode(), TRACESTATE_HEADER.encode()
+_NO_STORE = (b"cache-control", b"no-store")
+_CLOSE = (b"connection", b"close")
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
 
 class RequestMiddleware:
-    """Pure ASGI, so that bodies stream through untouched.
+    """Gives every request its context and every answer its headers; counts, logs and traces.
 
     Args:
         app: what it wraps.
-        request_timeout_s: deadline of a request.
+        request_timeout_s: deadline of a request, until the gate sets another.
         metrics: where requests are counted.
         routes: paths that are counted by name; the rest counts as ``other``.
+        on_end: called with every request that has ended.
+        is_closing: whether the service is about to end, so that connections should not be used again.
     """
 
     def __init__(
-        self, app: ASGIApp, request_timeout_s: float, metrics: Metrics, routes: Collection[str]
+        self,
+        app: ASGIApp,
+        request_timeout_s: float,
+        metrics: Metrics,
+        routes: Collection[str],
+        on_end: Callable[[RequestContext, FinishedRequest], None] | None = None,
+        is_closing: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._request_timeout_s = request_timeout_s
         self._metrics = metrics
         self._routes = frozenset(routes)
+        self._on_end = on_end
+        self._is_closing = is_closing
+        # Looking a series up by its labels takes as long as counting in it.
+        self._seconds, self._bytes_in, self._bytes_out = (
+            functools.cache(histogram.labels)
+            for histogram in (metrics.request_seconds, metrics.request_bytes, metrics.response_bytes)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        started_s = time.monotonic()
         context = RequestContext(
-            request_id=usable_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER)),
-            deadline_s=time.monotonic() + self._request_timeout_s,
+            request_id=usable_request_id(header_values(scope, _REQUEST_ID_NAME)),
+            deadline_s=started_s + self._request_timeout_s,
+            started_s=started_s,
+            trace=TraceContext.of(
+                header_values(scope, _TRACEPARENT_NAME),
+                header_values(scope, _TRACESTATE_NAME),
+                sample_fresh=self._on_end is not None,
+            ),
         )
         scope.setdefault("state", {})["context"] = context
-        status = 0
+        status = bytes_in = bytes_out = 0
+
+        async def counting_receive() -> Message:
+            nonlocal bytes_in
+            message = await receive()
+            bytes_in += len(message.get("body", b""))
+            return message
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, bytes_out
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID_HEADER] = context.request_id
-                headers["Server-Timing"] = context.server_timing()
+                message["headers"] = _complete_headers(list(message.get("headers", ())), context)
+                if self._is_closing():
+                    message["headers"].append(_CLOSE)
+            else:
+                bytes_out += len(message.get("body", b""))
             await send(message)
 
-        with self._metrics.requests_in_flight.track_inprogress():
-            try:
-                await self._app(scope, receive, send_with_headers)
-            except Exception as exc:  # the request's boundary
-                if status:
-                    raise  # an answer has begun: all that is left is to cut the connection
-                await problem_response(exc, context)(scope, receive, send_with_headers)
-        self._record(scope, context, status)
+        self._metrics.requests_in_flight.inc()
+        try:
+            await self._app(scope, counting_receive, send_with_headers)
+        except (Exception, asyncio.CancelledError):
+            context.outcome = InternalError.slug  # an answer that was begun or abandoned: uvicorn closes
+            raise
+        finally:
+            self._metrics.requests_in_flight.dec()
+            if status >= 400 and context.outcome == "ok":  # the cross-origin rules refused a preflight
+                context.outcome = MalformedError.slug
+            route = scope["path"] if scope["path"] in self._routes else ""
+            version = scope.get("http_version", "1.1")
+            request = FinishedRequest(
+                scope["method"], scope["path"], route, version, status, bytes_in, bytes_out
+            )
+            self._record(context, request)
 
-    def _record(self, scope: Scope, context: RequestContext, status: int) -> None:
-        path = scope["path"]
-        route = path if path in self._routes else _OTHER_ROUTE
+    def _record(self, context: RequestContext, request: FinishedRequest) -> None:
+        route = request.route or _OTHER_ROUTE
+        duration_s = context.elapsed_s()
         self._metrics.requests.labels(route, context.outcome).inc()
-        self._metrics.request_seconds.labels(route).observe(context.elapsed_s())
-        level = logging.INFO if scope["method"] == "POST" or status >= 500 else logging.DEBUG
-        logger.log(
-            level,
-            "%s %s %d %s %.1f ms id=%s",
-            scope["method"],
-            route,
-            status,
-            context.outcome,
-            context.elapsed_s() * 1000,
-            context.request_id,
-        )
+        self._seconds(route).observe(duration_s)
+        if request.route and request.method == "POST":
+            self._bytes_in(route).observe(request.bytes_in)
+            self._bytes_out(route).observe(request.bytes_out)
+        level = logging.INFO if request.method == "POST" or request.status >= 500 else logging.DEBUG
+        if logger.isEnabledFor(level):
+            _log_access(level, context, request, route, duration_s)
+        if self._on_end is not None:
+            self._on_end(context, request)
 
 
-def usable_request_id(proposed: str | None) -> str:
-    """The client's id where it is short and plain, else a fresh one."""
-    if proposed is not None and _REQUEST_ID.fullmatch(proposed):
-        return proposed
-    return uuid.uuid4().hex
+class GateMiddleware:
+    """Decides, before the body is read, who may come in and until when.
+
+    Args:
+        app: what it wraps.
+        keys: the keys that clients need.
+        max_request_timeout_s: longest deadline that a request can ask for.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, max_request_timeout_s: float) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_request_timeout_s = max_request_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context: RequestContext = scope["state"]["context"]
+        begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            self._check(scope, context)
+            await self._app(scope, receive, noting_send)
+        except Exception as exc:  # the request's boundary
+            if begun:
+                raise
+            await problem_response(exc, context)(scope, receive, send)
+
+    def _check(self, scope: Scope, context: RequestContext) -> None:
+        if (
+            self._keys.required
+            and scope["path"] not in PUBLIC_PATHS
+            and not self._keys.allow([value for name, value in scope["headers"] if name == b"authorization"])
+        ):
+            raise UnauthorizedError("This needs a key that is known here, as 'Authorization: Bearer KEY'.")
+        if scope["method"] == "POST":
+            asked = header_values(scope, _TIMEOUT_NAME)
+            if asked:
+                timeout_s = min(parse_timeout_s(asked), self._max_request_timeout_s)
+                context.deadline_s = context.started_s + timeout_s
+
+
+def header_values(scope: Scope, name: bytes) -> list[str]:
+    """Values of all headers of a name, which is in lower case."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+def usable_request_id(proposed: list[str]) -> str:
+    """The client's id where it sent one that is short and plain, else a fresh one."""
+    if len(proposed) == 1 and _REQUEST_ID.fullmatch(proposed[0]):
+        return proposed[0]
+    return random_hex(32)
+
+
+def parse_timeout_s(values: list[str]) -> float:
+    """Seconds that ``X-Request-Timeout`` asks for.
+
+    Raises:
+        OptionError: several headers, or not a positive decimal number.
+    """
+    if len(values) != 1 or not _TIMEOUT.fullmatch(values[0]):
+        raise OptionError(f"The header {TIMEOUT_HEADER} must be one positive decimal number of seconds.")
+    return float(values[0])
+
+
+def _complete_headers(
+    headers: list[tuple[bytes, bytes]], context: RequestContext
+) -> list[tuple[bytes, bytes]]:
+    headers += (
+        (_REQUEST_ID_NAME, context.request_id.encode()),
+        (b"server-timing", context.server_timing().encode()),
+        (_TRACEPARENT_NAME, context.trace.traceparent.encode()),
+        _NO_SNIFFING,
+    )
+    if context.trace.tracestate:
+        headers.append((_TRACESTATE_NAME, context.trace.tracestate.encode()))
+    if not any(name == b"cache-control" for name, _ in headers):
+        headers.append(_NO_STORE)
+    return headers
+
+
+def _log_access(
+    level: int, context: RequestContext, request: FinishedRequest, route: str, duration_s: float
+) -> None:
+    fields = {
+        "method": request.method,
+        "route": route,
+        "status": request.status,
+        "outcome": context.outcome,
+        "duration_ms": round(duration_s * 1000, 3),
+        "request_id": context.request_id,
+        "trace_id": context.trace.trace_id,
+        "span_id": context.trace.span_id,
+        "bytes_in": request.bytes_in,
+        "bytes_out": request.bytes_out,
+    }
+    logger.log(
+        level,
+        "%s %s %d %s %.1f ms id=%s",
+        *(request.method, route, request.status, context.outcome, duration_s * 1000, context.request_id),
+        extra=fields,
+    )

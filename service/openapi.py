@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.errors import PROBLEM_MEDIA_TYPE
+from service.middleware import PUBLIC_PATHS, TIMEOUT_HEADER, TIMEOUT_PATTERN
 from service.negotiation import JPEG, JSON, NPY, PNG, RAW, SAFETENSORS, WEBP, ZIP
 from service.payloads import IMAGE_MEDIA_TYPES
 from service.schemas import (
@@ -47,11 +48,21 @@ _PROBLEMS = {
 _HEADERS: JsonObject = {
     "X-Request-ID": {"description": "The request's id: the client's own or a fresh one.", "schema": _TEXT},
     "Server-Timing": {"description": "Milliseconds by stage.", "schema": _TEXT},
+    "traceparent": {"description": "The request's span, as W3C trace context.", "schema": _TEXT},
 }
 _TENSOR_HEADERS: JsonObject = {
     **_HEADERS,
     "shape": {"description": "Shape of a tensor answer, a JSON list.", "schema": _TEXT},
     "dtype": {"description": "Type of a tensor answer's numbers.", "schema": _TEXT},
+}
+_CHALLENGE: JsonObject = {"WWW-Authenticate": {"description": "Always `Bearer`.", "schema": _TEXT}}
+_TIMEOUT: JsonObject = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "Seconds from the request's first byte to its answer, at most what the service allows; "
+    "504 after.",
+    "schema": {"type": "string", "pattern": TIMEOUT_PATTERN},
 }
 _RETRY_AFTER: JsonObject = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 
@@ -80,8 +91,10 @@ def _responses(
 
 def _operation(responses: JsonObject, body: JsonObject | None = None) -> JsonObject:
     """Keyword arguments of a route; the answer's type is the handler's own business."""
-    request_body = {"requestBody": {"required": True, "content": body}} if body else {}
-    return {"responses": responses, "openapi_extra": request_body, "response_model": None}
+    extra: JsonObject = {}
+    if body:
+        extra = {"requestBody": {"required": True, "content": body}, "parameters": [_TIMEOUT]}
+    return {"responses": responses, "openapi_extra": extra, "response_model": None}
 
 
 _MULTIPART_IMAGES: JsonObject = {
@@ -146,8 +159,8 @@ READYZ = _operation(
 METRICS = _operation(_responses("Metrics.", _content({"text/plain": _TEXT}), _HEADERS, (500,)))
 
 
-def install_openapi(app: FastAPI) -> None:
-    """Make ``app.openapi()`` include the documents that the routes above refer to."""
+def install_openapi(app: FastAPI, keys_required: bool = False) -> None:
+    """Make ``app.openapi()`` include the documents that the routes above refer to, and who needs a key."""
 
     def build() -> JsonObject:
         if app.openapi_schema is None:
@@ -161,7 +174,23 @@ def install_openapi(app: FastAPI) -> None:
             schemas.update(definitions["$defs"])
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)
+            if keys_required:
+                _require_keys(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = build  # type: ignore[method-assign]
+
+
+def _require_keys(schema: JsonObject) -> None:
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in schema["paths"].items():
+        if path in PUBLIC_PATHS:
+            continue
+        for operation in operations.values():
+            operation["security"] = [{"key": []}]
+            operation["responses"]["401"] = {
+                "description": "No key, or one that is not known here.",
+                "content": _content({PROBLEM_MEDIA_TYPE: _ref(Problem)}),
+                "headers": {**_HEADERS, **_CHALLENGE},
+            }

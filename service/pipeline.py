@@ -186,9 +186,10 @@ class Call:
         engine.submit(job)
         try:
             results = await asyncio.wrap_future(job.future)
-        except BaseException:
-            late = time.monotonic() >= self._context.deadline_s
-            engine.cancel(job, UnavailableError("Nobody waits for it."), "expired" if late else "cancelled")
+        except BaseException as exc:
+            expired = isinstance(exc, asyncio.CancelledError) and not self.abandoned
+            outcome = "expired" if expired else "cancelled"
+            engine.cancel(job, UnavailableError("Nobody waits for it."), outcome)
             raise
         times = job.times
         self._context.record("queue", times.enqueued_s, times.taken_s)

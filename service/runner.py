@@ -159,7 +159,9 @@ class HostRunner:
         padding = bucket_for(num_items, self.buckets) - num_items
         results = compute(self._tokenizer, key, collate([*inputs, *itertools.repeat(inputs[-1], padding)]))
         kept = results[:num_items].float().cpu()
-        return HostLaunched(Outcome(kept, finite_items(kept).tolist(), started_s, time.monotonic() - started_s))
+        return HostLaunched(
+            Outcome(kept, finite_items(kept).tolist(), started_s, time.monotonic() - started_s)
+        )
 
     def free_memory(self) -> None:
         pass

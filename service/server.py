@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 import time
@@ -10,11 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
+from service import logs
 from service.app import create_app
 from service.engine import Load, load_tokenizer
-from service.errors import UnavailableError
+from service.errors import StartError, UnavailableError
+from service.metrics import Metrics
 from service.pipeline import Pipeline
+from service.protocol import protocol_class
 from service.settings import Settings, unknown_variables
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,7 @@ EXIT_ENGINE = 3
 _DRAIN_INTERVAL_S = 0.02
 _LAST_REQUESTS_S = 0.2
 _LAST_ANSWERS_S = 5
+_OTHER_FILES = 256
 
 
 class Server(uvicorn.Server):
@@ -83,10 +89,11 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
 
     Returns:
         Exit status: 0 after an orderly end, 1 when the address cannot be had, 2 when the model
-        cannot be loaded, 3 when the engine hung or died; after 3 a thread may still be stuck, so the
-        process should end by `leave_if_stuck`.
+        cannot be loaded or the settings cannot be met, 3 when the engine hung or died; after 3 a
+        thread may still be stuck, so the process should end by `leave_if_stuck`.
     """
-    _configure_logging(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
+    _allow_connections(settings.max_connections)
     for name in unknown_variables():
         logger.warning("the environment variable %s names no setting and is ignored", name)
     try:
@@ -100,18 +107,13 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
         if server is not None:
             server.should_exit = True
 
-    app = create_app(settings, load=load, on_failure=stop)
+    try:
+        app = create_app(settings, load=load, on_failure=stop)
+    except StartError as exc:
+        listener.close()
+        return _fail(str(exc), EXIT_MODEL)
     pipeline = app.state.pipeline
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        ws="none",
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=_LAST_ANSWERS_S,
-    )
+    config = uvicorn_config(app, settings, pipeline.metrics)
     server = Server(config, pipeline, settings.drain_timeout_s)
     sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
     sys.stdout.flush()
@@ -122,12 +124,43 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
     return EXIT_OK
 
 
+def _allow_connections(num_connections: int) -> None:
+    """Raise the limit of open files, often 1024, to what the connections need."""
+    needed = num_connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            logger.warning(
+                "max_connections=%d needs %d open files, the system allows %d",
+                *(num_connections, needed, allowed),
+            )
+
+
 def leave_if_stuck(status: int) -> None:
     """End the process at once where a device may hang, which would keep the interpreter from ending."""
     if status == EXIT_ENGINE:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def uvicorn_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """How uvicorn serves the application: its loop, its parser with our bounds, its timeouts."""
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=protocol_class(settings, metrics),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here uses the client's address
+        timeout_keep_alive=settings.keep_alive_timeout_s,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -157,14 +190,6 @@ def listen(host: str, port: int) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its lifecycle lines say what ours do
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients' mistakes, told to them
 
 
 def _fail(reason: str, status: int) -> int:

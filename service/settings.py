@@ -185,6 +185,11 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def _no_path(cls, value: object) -> object:
+        return None if value == "" else value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_items_per_request > self.queue_limit_items:

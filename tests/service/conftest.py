@@ -18,7 +18,7 @@ from PIL import Image
 from model.config import DecoderConfig, EncoderConfig, FusionConfig, TokenizerConfig
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.server import listen
+from service.server import listen, uvicorn_config
 from service.settings import Settings
 
 SIDE = 64
@@ -80,9 +80,9 @@ Serve = Callable[..., Any]
 @contextmanager
 def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
-    )
+    pipeline = app.state.pipeline
+    config = uvicorn_config(app, pipeline.settings, pipeline.metrics)
+    config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

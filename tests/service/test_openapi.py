@@ -35,6 +35,9 @@ def test_every_reference_resolves(document: dict[str, Any]) -> None:
 def test_posts_document_options_bodies_and_answers(document: dict[str, Any], path: str) -> None:
     operation = document["paths"][path]["post"]
     parameters = {parameter["name"]: parameter for parameter in operation["parameters"]}
+    timeout = parameters.pop("X-Request-Timeout")
+    assert timeout["in"] == "header"
+    assert re.fullmatch(timeout["schema"]["pattern"], "2.5")
     assert set(parameters) == set(POSTS[path].model_fields)
     assert all(parameter["in"] == "query" and parameter["description"] for parameter in parameters.values())
     assert operation["requestBody"]["required"]

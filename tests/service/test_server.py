@@ -214,6 +214,7 @@ def test_process(checkpoint: Path, png: bytes) -> None:
     [
         ("DRORAE_PORT", "http", "Input should be a valid integer"),
         ("DRORAE_FUSION", "fast", "Input should be 'auto', 'triton', 'folded' or 'reference'"),
+        ("DRORAE_BATCH_BUCKETS", "1,x", "Input should be a valid integer"),
     ],
 )
 def test_impossible_settings_are_one_sentence(variable: str, value: str, message: str) -> None:
@@ -229,3 +230,17 @@ def test_impossible_settings_are_one_sentence(variable: str, value: str, message
     assert finished.returncode == 2
     assert finished.stderr.startswith(f"drorae: {variable}: {message}")
     assert finished.stderr.count("\n") == 1
+
+
+def test_unusable_keys_are_one_sentence() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "service"],
+        cwd=ROOT,
+        env={**os.environ, "DRORAE_API_KEYS": "short", "DRORAE_PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == "drorae: DRORAE_API_KEYS: key 1 has fewer than 16 characters\n"
