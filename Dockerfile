@@ -51,12 +51,14 @@ RUN grep '^torch==' requirements.lock > torch.lock \
 COPY --from=wheel /wheels /wheels
 # Removed: headers, C++ tests and their programs, which serve extensions and torch's own tests; torch_shm_manager
 # stays. Libraries are not stripped: wheels come stripped, and strip breaks those that auditwheel has rewritten.
-# Bytecode is made here, since nobody can write it later; checked against nothing, since no source changes.
-WORKDIR /opt/drorae/lib/python3.11/site-packages/torch
+# Bytecode is made here, since nobody can write it later; checked against nothing, since no source changes. torch's
+# own test helpers are left out: some are in a later Python's syntax.
 RUN python -m pip --python /opt/drorae/bin/python install --no-deps --no-index --find-links /wheels drorae \
-    && rm -rf include test share \
-    && find bin -type f ! -name torch_shm_manager -delete \
-    && /opt/drorae/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/drorae/lib
+    && torch=/opt/drorae/lib/python3.11/site-packages/torch \
+    && rm -rf "$torch/include" "$torch/test" "$torch/share" \
+    && find "$torch/bin" -type f ! -name torch_shm_manager -delete \
+    && /opt/drorae/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+        -x /torch/testing/_internal/ /opt/drorae/lib
 
 
 # The plain index's torch is built for CUDA and brings its libraries as wheels, so that no CUDA base image is
@@ -66,11 +68,12 @@ COPY deploy/requirements-cuda.lock ./
 RUN python -m pip --python /opt/drorae/bin/python install \
         --constraint requirements-cuda.lock --requirement requirements.lock
 COPY --from=wheel /wheels /wheels
-WORKDIR /opt/drorae/lib/python3.11/site-packages/torch
 RUN python -m pip --python /opt/drorae/bin/python install --no-deps --no-index --find-links /wheels drorae \
-    && rm -rf include test share \
-    && find bin -type f ! -name torch_shm_manager -delete \
-    && /opt/drorae/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/drorae/lib
+    && torch=/opt/drorae/lib/python3.11/site-packages/torch \
+    && rm -rf "$torch/include" "$torch/test" "$torch/share" \
+    && find "$torch/bin" -type f ! -name torch_shm_manager -delete \
+    && /opt/drorae/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+        -x /torch/testing/_internal/ /opt/drorae/lib
 
 
 # What runs. The root may be read-only: only /tmp is written to, and with CUDA also Triton's cache.
