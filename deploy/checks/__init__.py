@@ -1,1 +1,1 @@
-"""Checks of the deployment that need no container engine: see deploy/README.md."""
+"""The checks themselves."""

@@ -73,6 +73,7 @@ class Use:
 def uses(node: Any, asked: frozenset[str] = frozenset()) -> Iterator[Use]:
     """The metrics of a tree; labels of ``by`` and ``on`` count for all that is below them."""
     if isinstance(node, promql.VectorSelector):
+        assert node.name is not None, "a selector names its metric"
         matched = {matcher.name for matcher in node.matchers.matchers}
         yield Use(node.name, asked | matched)
     elif isinstance(node, promql.AggregateExpr):

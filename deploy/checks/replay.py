@@ -1,11 +1,12 @@
-"""Replay a target of the Dockerfile without a container engine, then run what came out. Needs root and Debian.
+"""Replay a target of the Dockerfile without a container engine, then run the result. Needs root and Debian.
 
     python -m deploy.checks.replay --work /var/tmp/replay
 
-Every instruction is carried out in order, in a root file system of its own per stage: RUN in a chroot with the
-stage's variables, COPY from the build context as .dockerignore leaves it. The stand-in for the base image is a
-Debian bookworm with Python 3.11 (debootstrap), whose interpreter is where the official image has it. The result is
-then run as the image would be: its entrypoint and variables, its user, the root read-only, /tmp a tmpfs.
+Every instruction is carried out in order, in a root file system of its own per stage: RUN in a chroot with
+the stage's variables, COPY from the build context as .dockerignore leaves it. The stand-in for the base image
+is a Debian bookworm with Python 3.11 (debootstrap), whose interpreter is where the official image has it. The
+result is then run as the image would be: its entrypoint and variables, its user, the root read-only, /tmp a
+tmpfs.
 """
 
 import argparse
@@ -96,7 +97,9 @@ class Replay:
         if root.exists():
             shutil.rmtree(root)
         before = self._states.get(stage.base)
-        subprocess.run(["cp", "-a", str(before.root if before else self._work / "base"), str(root)], check=True)
+        subprocess.run(
+            ["cp", "-a", str(before.root if before else self._work / "base"), str(root)], check=True
+        )
         if before is None:
             return State(root)
         return State(root, dict(before.environment), {}, before.folder, before.user)
@@ -196,12 +199,15 @@ def check_result(stage_lineage: list[Stage], state: State) -> None:
     environment = {**state.environment, "DRORAE_HOST": "127.0.0.1", "DRORAE_PORT": str(port)}
     root = state.root
     script = (
-        f"mount --bind {root} {root} && mount --bind /proc {root}/proc && mount -t tmpfs -o noexec tmpfs {root}/tmp"
-        f" && mount -o remount,bind,ro {root}"
-        f' && exec chroot --userspec={state.user} {root} /bin/sh -c \'cd {state.folder} && exec "$@"\' sh "$@"'
+        f"mount --bind {root} {root} && mount --bind /proc {root}/proc"
+        f" && mount -t tmpfs -o noexec tmpfs {root}/tmp && mount -o remount,bind,ro {root}"
+        f" && exec chroot --userspec={state.user} {root}"
+        f' /bin/sh -c \'cd {state.folder} && exec "$@"\' sh "$@"'
     )
     prefix = ["unshare", "--mount", "/bin/sh", "-c", script, "sh"]
-    touch = subprocess.run([*prefix, "touch", "/opt/drorae/x"], env=environment, capture_output=True, check=False)
+    touch = subprocess.run(
+        [*prefix, "touch", "/opt/drorae/x"], env=environment, capture_output=True, check=False
+    )
     if touch.returncode == 0:
         raise SystemExit("the root is not read-only")
     with subprocess.Popen([*prefix, *exec_form(values["ENTRYPOINT"])], env=environment) as process:
@@ -213,7 +219,9 @@ def check_result(stage_lineage: list[Stage], state: State) -> None:
             say(f"POST /encode samples/honeybee.jpg: {status}, {len(answer)} bytes")
             if status != http.client.OK:
                 raise SystemExit(answer.decode(errors="replace"))
-            health = subprocess.run([*prefix, *exec_form(values["HEALTHCHECK"])], env=environment, check=False)
+            health = subprocess.run(
+                [*prefix, *exec_form(values["HEALTHCHECK"])], env=environment, check=False
+            )
             say(f"HEALTHCHECK ends with {health.returncode}")
             memory = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
             say(next(line for line in memory.splitlines() if line.startswith("VmHWM")).expandtabs(1))
@@ -260,11 +268,15 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build and run a target; the exit status is 0 when all of it went as the image promises."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", default="cpu", help="which stage (default cpu)")
     parser.add_argument("--work", type=Path, required=True, help="folder for the root file systems")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="variable that RUN gets too")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="variable that RUN gets too"
+    )
     parser.add_argument("--bind", action="append", default=[], metavar="DIR", help="folder that RUN can read")
     parser.add_argument("--build-only", action="store_true", help="do not run the result")
     arguments = parser.parse_args(argv)
@@ -281,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = {name: os.environ[name] for name in arguments.env}
     replay = Replay(dockerfile, work, build_arguments, environment, arguments.bind)
     state = replay.build(arguments.target)
-    size = subprocess.run(["du", "-sm", str(state.root / "opt/drorae")], capture_output=True, text=True, check=True)
+    size = subprocess.run(
+        ["du", "-sm", str(state.root / "opt/drorae")], capture_output=True, text=True, check=True
+    )
     say(f"/opt/drorae: {size.stdout.split()[0]} MiB")
     if not arguments.build_only:
         check_result(dockerfile.lineage(arguments.target), state)

@@ -62,7 +62,14 @@ def answered() -> Callable[..., bool]:
 def started(host: str = "127.0.0.1", port: int = 0, **settings: str) -> Iterator[tuple[Any, str]]:
     """``python -m service`` on the bundled checkpoint; gives the process and its address."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DRORAE_")}
-    own = {"DRORAE_HOST": host, "DRORAE_PORT": str(port), "DRORAE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    own = {
+        "DRORAE_HOST": host,
+        "DRORAE_PORT": str(port),
+        "DRORAE_DEVICE": "cpu",
+        "DRORAE_BATCH_SIZE": "2",  # few sizes to warm
+        "DRORAE_HANG_TIMEOUT_S": "120",  # several replicas share a machine that may be busy
+        "OMP_NUM_THREADS": "1",
+    }
     with subprocess.Popen(
         [sys.executable, "-m", "service"],
         cwd=ROOT,

@@ -1,7 +1,8 @@
-"""Prometheus' files, checked by its own tool; the dashboard; and every query against the real ``/metrics``."""
+"""Prometheus' files, checked by its own tool; the dashboard; every query against the real ``/metrics``."""
 
 import json
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,10 @@ def test_every_alert_has_a_test_and_says_what_it_means(deploy: Path) -> None:
     alerts = {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
     tests = yaml.safe_load((deploy / "prometheus/rules_test.yml").read_text(encoding="utf-8"))["tests"]
     raised = {
-        case["alertname"] for test in tests for case in test.get("alert_rule_test", []) if case.get("exp_alerts")
+        case["alertname"]
+        for test in tests
+        for case in test.get("alert_rule_test", [])
+        if case.get("exp_alerts")
     }
     assert raised == alerts.keys()
     for alert in alerts.values():
@@ -170,7 +174,13 @@ def test_the_dashboard_is_formatted(deploy: Path, dashboard: Any) -> None:
 
 @pytest.mark.slow
 def test_a_real_prometheus_evaluates_everything(
-    service: str, deploy: Path, photo: bytes, found_queries: list[Any], wait: Any, answered: Any, tmp_path: Path
+    service: str,
+    deploy: Path,
+    photo: bytes,
+    found_queries: list[Any],
+    wait: Any,
+    answered: Any,
+    tmp_path: Path,
 ) -> None:
     """Scrape a real replica under the committed rules, then ask every query as Grafana would."""
     with prometheus(deploy, tmp_path, service.removeprefix("http://")) as url:
@@ -191,7 +201,13 @@ def test_a_real_prometheus_evaluates_everything(
         results = {query.origin: ask(query.plain) for query in found_queries}
         assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
     silent = {origin for origin, result in results.items() if origin.startswith("panel") and not result}
-    assert not silent & {"panel Requests", "panel Latency", "panel Ready", "panel Replicas ready", "panel p99"}
+    assert not silent & {
+        "panel Requests",
+        "panel Latency",
+        "panel Ready",
+        "panel Replicas ready",
+        "panel p99",
+    }
 
 
 @contextmanager
@@ -219,8 +235,6 @@ def prometheus(deploy: Path, folder: Path, target: str) -> Iterator[str]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
