@@ -134,7 +134,8 @@ class RequestMiddleware:
         if request.route and request.method == "POST":
             self._bytes_in(route).observe(request.bytes_in)
             self._bytes_out(route).observe(request.bytes_out)
-        level = logging.INFO if request.method == "POST" or request.status >= 500 else logging.DEBUG
+        noteworthy = request.method == "POST" or request.status >= 500
+        level = logging.INFO if noteworthy and request.path not in PUBLIC_PATHS else logging.DEBUG
         if logger.isEnabledFor(level):
             _log_access(level, context, request, route, duration_s)
         if self._on_end is not None:

