@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import torch
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
@@ -15,7 +16,7 @@ from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, TIMEOUT_HEADER, GateMiddleware, RequestMiddleware
 from service.openapi import install_openapi
 from service.pipeline import Pipeline
-from service.routes import router, service_version
+from service.routes import operations, router, service_version
 from service.settings import Settings
 from service.spans import SpanExport
 from service.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
@@ -38,6 +39,7 @@ def create_app(
     *,
     load: Load = load_tokenizer,
     on_failure: Callable[[], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
 ) -> FastAPI:
     """Build the application; the model loads in the background once the server starts it.
 
@@ -46,13 +48,18 @@ def create_app(
         tokenizer: served instead of the checkpoint that the settings name.
         load: gives the tokenizer otherwise; called in the engine's thread.
         on_failure: called, in the engine's thread, when it failed, at loading or later.
+        on_ready: called, in the engine's thread, when it begins to take work.
 
     Raises:
         StartError: unusable API keys, or traces without the extra that exports them.
     """
     metrics = Metrics()
     engine = Engine(
-        settings, metrics, load=load if tokenizer is None else lambda _: tokenizer, on_failure=on_failure
+        settings,
+        metrics,
+        load=load if tokenizer is None else lambda _: tokenizer,
+        on_failure=on_failure,
+        on_ready=on_ready,
     )
     pipeline = Pipeline(settings, engine, metrics)
     keys = ApiKeys(settings)
@@ -60,6 +67,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        torch.set_num_threads(1)  # of the event loop's thread, whose few tensor operations are small
         engine.start()
         yield
         await asyncio.to_thread(engine.close, settings.drain_timeout_s)
@@ -77,6 +85,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: service.metrics
     )
     app.state.pipeline = pipeline
+    app.include_router(operations)
     app.include_router(router)
     install_handlers(app)
     install_openapi(app, keys_required=keys.required)

@@ -81,6 +81,7 @@ class Engine:
         load: gives the tokenizer for the one device in the settings it is given; called in the engine's
             thread.
         on_failure: called, in a thread of the engine's, when it failed, at loading or later.
+        on_ready: called there when it begins to take work.
 
     Attributes:
         rates: what items cost, as measured.
@@ -94,6 +95,7 @@ class Engine:
         metrics: Metrics,
         load: Load = load_tokenizer,
         on_failure: Callable[[], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
     ) -> None:
         self.rates = Rates()
         self.failure: str | None = None
@@ -102,6 +104,7 @@ class Engine:
         self._metrics = metrics
         self._load = load
         self._on_failure = on_failure
+        self._on_ready = on_ready
         self._queue = FairQueue()
         self._jobs: set[Job] = set()
         self._tokenizer: Tokenizer | None = None
@@ -227,6 +230,8 @@ class Engine:
                 logger.exception("loading %s failed unexpectedly", self._settings.checkpoint)
             self._fail(str(exc) or type(exc).__name__)
         else:
+            if self._on_ready is not None:
+                self._on_ready()
             with self._lock:
                 if self._state is EngineState.LOADING:
                     self._state = EngineState.READY

@@ -33,7 +33,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -197,8 +196,6 @@ def translate(error: Exception, request_id: str = "") -> ServiceError:
     """The `ServiceError` for any exception; an unexpected one is logged under the id and becomes a 500."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, RequestValidationError):
-        return OptionError(describe_validation(error.errors()[0], "option"))
     if isinstance(error, HTTPException):
         return _from_http_exception(error, request_id)
     if isinstance(error, LatentError):
@@ -213,8 +210,7 @@ def translate(error: Exception, request_id: str = "") -> ServiceError:
 
 def describe_validation(error: Mapping[str, Any], kind: Literal["option", "field"]) -> str:
     """One sentence for one of pydantic's errors, about a query option or a field of a JSON body."""
-    path = error["loc"][1:] if kind == "option" else error["loc"]  # FastAPI puts "query" first
-    name = ".".join(str(step) for step in path)
+    name = ".".join(str(step) for step in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"Unknown {kind} {name!r}."
     if error["type"] == "missing":
@@ -253,7 +249,7 @@ def install_handlers(app: FastAPI) -> None:
     def handle(request: Request, error: Exception) -> JSONResponse:
         return problem_response(error, request.state.context)
 
-    for kind in (ServiceError, ModelError, HTTPException, RequestValidationError):
+    for kind in (ServiceError, ModelError, HTTPException):
         app.add_exception_handler(kind, handle)
 
 
