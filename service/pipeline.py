@@ -5,6 +5,7 @@ the model runs in the engine's own.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,9 @@ class Pipeline:
         self.engine = engine
         self.metrics = metrics
         self.admission = Admission(settings, engine, metrics)
+        self.num_io_threads = settings.num_io_threads or len(os.sched_getaffinity(0))
         self.io_threads = ThreadPoolExecutor(
-            settings.num_io_threads,
+            self.num_io_threads,
             thread_name_prefix="drorae-io",
             initializer=torch.set_num_threads,  # the cores are the model's
             initargs=(1,),
@@ -162,7 +164,7 @@ class Call:
             function: turns some parts into as many results.
             parts: all of them.
         """
-        share = -(-len(parts) // self.settings.num_io_threads)
+        share = -(-len(parts) // self._pipeline.num_io_threads)
         shares = [parts[start : start + share] for start in range(0, len(parts), share)]
         calls = [self._pipeline.io_threads.submit(function, some) for some in shares]
         try:

@@ -126,10 +126,11 @@ class Settings(BaseSettings):
         300.0, gt=0, le=3600, description="Longest deadline that X-Request-Timeout can ask for, seconds."
     )
     num_io_threads: int = Field(
-        4,
-        ge=1,
+        0,
+        ge=0,
         le=256,
-        description="Threads that decode images and write answers, beside the model's own threads.",
+        description="Threads that decode images and write answers, beside the model's own threads; 0 takes one "
+        "a core.",
     )
     drain_timeout_s: float = Field(
         30.0,
