@@ -230,9 +230,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._say(error)
 
     def _say(self, error: ServiceError) -> None:
-        body = json.dumps(problem(error, random_hex(32))).encode()
+        request_id = random_hex(32)
+        body = json.dumps(problem(error, request_id)).encode()
         head = (
-            f"content-type: {PROBLEM_MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-type: {PROBLEM_MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
         if self.transport.can_write_eof():

@@ -129,8 +129,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Threads that decode images and write answers, beside the model's own threads; 0 takes one "
-        "a core.",
+        description="Threads that decode images and write answers, beside the model's; 0 takes one a core.",
     )
     drain_timeout_s: float = Field(
         30.0,

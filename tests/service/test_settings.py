@@ -1,6 +1,7 @@
 """Settings: every field documented and bounded, the environment read with a prefix."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -91,3 +92,10 @@ def test_impossible_values_are_refused(bad: dict[str, object]) -> None:
 def test_misspelt_variables_are_found() -> None:
     environment = {"DRORAE_PORT": "1", "drorae_host": "x", "DRORAE_CHEKPOINT": "x", "PATH": "/"}
     assert unknown_variables(environment) == ["DRORAE_CHEKPOINT"]
+
+
+def test_the_readme_lists_every_setting() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for name, field in Settings.model_fields.items():
+        default = field.default if field.default or field.default == 0 else "none"
+        assert f"| `DRORAE_{name.upper()}` | {default} | {field.description} |" in readme, name
