@@ -15,6 +15,9 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 MAX_RETRY_AFTER_S = 600
+DEADLINE_MARGIN = 1.5
+"""Of the estimated wait: what is accepted should keep its deadline even if the rate drops, as it does on a
+CPU that has refusals to answer beside its work."""
 
 
 class Admission:
@@ -60,10 +63,10 @@ class Admission:
             )
         backlog_s = self.backlog_s()
         left_s = deadline_s - time.monotonic()
-        if backlog_s > left_s:
+        if backlog_s * DEADLINE_MARGIN > left_s:
             raise self._full(
                 "deadline",
-                f"The work accepted before takes about {backlog_s:.1f} s, longer than this request's "
+                f"The work accepted before takes about {backlog_s:.1f} s, too long for this request's "
                 f"deadline of {left_s:.1f} s.",
             )
         return Reservation(self, operation, num_items, num_bytes)

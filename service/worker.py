@@ -70,6 +70,8 @@ class Worker(threading.Thread):
         self._rates = rates
         self._metrics = metrics
         self._busy_since_s: float | None = None
+        self._ended_s = 0.0  # when the last batch did
+        self._idle_s = 0.0  # waited for work since then
 
     def busy_s(self) -> float:
         """How long the batch that runs now has been running, seconds; 0 when there is none."""
@@ -94,11 +96,14 @@ class Worker(threading.Thread):
         """Launch batches, up to the runner's depth, and end them in order."""
         max_items = self._runner.buckets[-1]
         flights: list[_Flight] = []
+        self._ended_s = time.monotonic()
         while True:
+            asked_s = time.monotonic()
             tickets = self._queue.take_full(max_items) if flights else self._queue.take(max_items)
             if not tickets and not flights:
                 return
             self._busy_since_s = time.monotonic()
+            self._idle_s += self._busy_since_s - asked_s
             if live := [ticket for ticket in tickets if self._begin(ticket)]:
                 flights += self._launch(live)
             if flights and (len(flights) == self._runner.depth or not live):
@@ -186,8 +191,11 @@ class Worker(threading.Thread):
 
     def _deliver(self, tickets: list[Ticket], outcome: Outcome) -> None:
         key = tickets[0].job.key
-        self._record(key, len(tickets), outcome, tickets[0].job.times.taken_s)
         finished_s = time.monotonic()
+        # What a batch costs the queue is more than the device's time: all that the host did for it, too.
+        self._rates.record(key.operation, len(tickets), finished_s - self._ended_s - self._idle_s)
+        self._ended_s, self._idle_s = finished_s, 0.0
+        self._record(key, len(tickets), outcome, tickets[0].job.times.taken_s)
         for ticket, result, finite in zip(tickets, outcome.results, outcome.finite, strict=True):
             times = ticket.job.times
             times.started_s, times.finished_s = outcome.started_s, finished_s
@@ -201,7 +209,6 @@ class Worker(threading.Thread):
     def _record(self, key: BatchKey, num_items: int, outcome: Outcome, taken_s: float) -> None:
         operation, metrics = key.operation, self._metrics
         self._queue.charge(operation, outcome.device_s)
-        self._rates.record(operation, num_items, outcome.device_s)
         bucket = min(bucket for bucket in self._runner.buckets if bucket >= num_items)
         metrics.batch_wait_seconds.labels(operation).observe(max(0.0, outcome.started_s - taken_s))
         metrics.device_seconds.labels(operation).observe(outcome.device_s)
