@@ -60,11 +60,11 @@ class Server(uvicorn.Server):
         if left := admission.num_requests:
             logger.error("the drain deadline passed: %d requests are answered 503", left)
             engine.fail_jobs(UnavailableError("The service stopped before this was done."))
-        for server in self.servers:
-            server.close()
+        # New connections are turned away by the system, those that wait are accepted, and what open ones
+        # still send is refused by an answer that closes them. Closing the listener would reset both.
         for listener in sockets or []:
-            listener.close()
-        await asyncio.sleep(_LAST_REQUESTS_S)  # what open connections still send is refused, and closes them
+            listener.listen(0)
+        await asyncio.sleep(_LAST_REQUESTS_S)
         await super().shutdown(sockets)
         logger.info("drained")
 
