@@ -32,7 +32,8 @@ def run_cancel(options: Options) -> list[Check]:
             "cpu_workers": "1",
             "queue_limit_items": "1024",
             "hang_timeout_s": "600",
-            "request_timeout_s": "300",
+            "request_timeout_s": "3600",  # so that none is refused for a deadline that it might miss
+            "max_request_timeout_s": "3600",
             "log_level": "error",
             **options.settings,
         }

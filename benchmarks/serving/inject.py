@@ -89,11 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def holds_mark(batch: Tensor) -> bool:
-    """Whether one of the images [B, 3, S, S] in [0, 1] is all of the marked colour."""
+    """Whether one of the images [B, 3, S, S], bytes or in [0, 1], is all of the marked colour."""
     if batch.ndim != 4 or batch.shape[1] != 3:
         return False
     colour = torch.tensor(MARK_RGB, device=batch.device).view(1, 3, 1, 1) / 255
-    distance = (batch.float() - colour).abs().flatten(1).amax(dim=1)
+    unit = batch / 255 if batch.dtype == torch.uint8 else batch.float()
+    distance = (unit - colour).abs().flatten(1).amax(dim=1)
     return bool((distance < _MARK_TOLERANCE).any())
 
 

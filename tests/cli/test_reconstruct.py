@@ -20,7 +20,7 @@ def reconstruct(run, checkpoint):
 def expected(checkpoint, photo, latent="enriched", fit="crop"):
     """The reconstruction and its PSNR and SSIM, through the model's own methods."""
     tokenizer = Tokenizer.load(checkpoint)
-    original = read_image(photo.read_bytes(), ImageRules(64, 10**8, 20, fit))[None]
+    original = read_image(photo.read_bytes(), ImageRules(64, 10**8, 20, fit))[None].float() / 255
     picture = tokenizer.reconstruct(original, latent)
     return picture[0], psnr(picture, original).item(), ssim(picture, original).item()
 
