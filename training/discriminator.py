@@ -135,7 +135,7 @@ def make_backbone(config: DiscriminatorConfig, encoder: Encoder) -> FeatureBackb
     Raises:
         WeightsError: ``dino-vits8`` is asked for without readable weights.
     """
-    if config.backbone == "encoder" or (config.backbone == "auto" and config.dino_weights is None):
+    if backbone_name(config) == "encoder":
         return FeatureBackbone("encoder", encoder)
     if config.dino_weights is None:
         raise WeightsError(
@@ -149,6 +149,13 @@ def make_backbone(config: DiscriminatorConfig, encoder: Encoder) -> FeatureBackb
             raise WeightsError(f"{config.dino_weights}: no DINO ViT-S/8: {name} is missing or mis-shaped")
     dino.load_state_dict(state)
     return FeatureBackbone(DINO_NAME, dino)
+
+
+def backbone_name(config: DiscriminatorConfig) -> str:
+    """The backbone that a recipe gets: ``auto`` is DINO where its weights are given."""
+    if config.backbone == "auto":
+        return "encoder" if config.dino_weights is None else DINO_NAME
+    return config.backbone
 
 
 def dino_encoder_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
