@@ -238,18 +238,17 @@ class StepSimulation:
         networks = (self.networks.tokenizer, self.networks.perceptual, self.networks.discriminator)
         self.tracker, self.activations, self.operations = AllocationTracker(), {}, {}
         self.tracker.ignore(t for module in networks for t in (*module.parameters(), *module.buffers()))
-        generator = torch.Generator().manual_seed(0)
         with self.tracker, self.counter:
             pairs = []
             for _ in range(min(self.num_micro_batches, 2)):
                 self.operations.clear()
-                pairs.append(self._generate(is_adversarial, generator))
+                pairs.append(self._generate(is_adversarial))
             # Of the others only the images remain, until the discriminator has seen them.
             num_waiting = (self.num_micro_batches - len(pairs)) * self.micro_batch
             waiting = torch.empty(2 * num_waiting, *pairs[0][0].shape[1:])
             if is_adversarial:
                 with self._stage("discriminator"):
-                    logits = self.networks.discriminator(torch.cat(pairs[-1]), generator)
+                    logits = self._judge(torch.cat(pairs[-1]))
                     discriminator_loss(*logits.chunk(2)).backward()
             del waiting
         peak = self.tracker.peak_bytes
@@ -258,7 +257,7 @@ class StepSimulation:
         operations = {name: count // self.micro_batch for name, count in self.operations.items()}
         return StepCost(dict(self.activations), peak, operations)
 
-    def _generate(self, is_adversarial: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _generate(self, is_adversarial: bool) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch: images and reconstructions, [B, 3, S, S]."""
         weights, decoder = self.recipe.loss, self.networks.tokenizer.decoder
         side = self.networks.tokenizer.config.image_size
@@ -275,7 +274,7 @@ class StepSimulation:
                 total = total + weights.perceptual * self.networks.perceptual(*pair).mean()
         if is_adversarial:
             with self._stage("adversarial"):
-                adversarial = generator_loss(self.networks.discriminator(reconstructions, generator))
+                adversarial = generator_loss(self._judge(reconstructions))
                 alpha = adaptive_weight(total, adversarial, self._balance_at())
                 total = total + weights.adversarial * alpha * adversarial
         with self._stage("backward"):
@@ -295,6 +294,9 @@ class StepSimulation:
             if tokenizer.fusion is None:
                 return token_norm(states[-1], config.encoder.layer_norm_eps)
             return tokenizer.fusion(states)
+
+    def _judge(self, images: Tensor) -> Tensor:
+        return self.networks.discriminator(images, torch.Generator())
 
     def _balance_at(self) -> Tensor:
         decoder, fusion = self.networks.tokenizer.decoder, self.networks.tokenizer.fusion
