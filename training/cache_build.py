@@ -5,15 +5,17 @@ Shape legend: B batch, K crops an image, L layers (1 for latents), N tokens, C w
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,11 +36,11 @@ from training.cache import (
     shard_images,
 )
 from training.data import decode_image, fixed_crop, random_crop, to_tensor
+from training.distributed import Ranks
 from training.errors import CacheError, DataError
-from training.optimization import autocast, precision_of
+from training.optimization import autocast
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
-from training.trainer import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -47,24 +49,25 @@ BATCH_SIZE = 32
 
 def open_or_build_cache(
     tokenizer: Tokenizer,
+    frozen_sha256: Mapping[str, str],
     spec: CacheSpec,
     data: DataConfig,
     seed: int,
     precision: str,
-    rank: int = 0,
-    num_ranks: int = 1,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> StateCache:
     """The cache of a data set by a tokenizer's frozen parts; what of it is missing is computed.
 
-    Of several ranks each fills its share of the shards; they have to meet before any of them reads.
+    Of several ranks each fills its share of the shards, on a disk that all of them see.
 
     Args:
         tokenizer: on its device; its encoder, and for ``enriched`` its fusion, are frozen.
+        frozen_sha256: digests of its frozen parts, by name.
         spec: which values, where and how.
         data: the images and their crops.
         seed: of the crops.
         precision: of a recipe, in which the frozen parts run.
-        rank, num_ranks: this process and how many there are.
+        ranks: those that share the work.
 
     Raises:
         CacheError: the folder holds another cache, there is no room, or a value exceeds the dtype.
@@ -73,12 +76,12 @@ def open_or_build_cache(
     samples = list_samples(data.train)
     key = make_key(
         spec,
-        _weights_sha256(tokenizer, spec.kind),
+        _weights_sha256(tokenizer, frozen_sha256, spec.kind),
         samples,
         data,
         tokenizer.config.image_size,
         seed,
-        precision_of(tokenizer.device, precision),
+        _resolved(precision, tokenizer.device),
     )
     manifest = read_manifest(spec.directory)
     if manifest is None:
@@ -88,7 +91,8 @@ def open_or_build_cache(
     if missing:
         _prepare(spec, manifest, sum(len(shard_images(manifest, number)) for number in missing))
         crops = CropDataset(samples, data, tokenizer.config.image_size, seed, spec.crops_per_image)
-        _fill(tokenizer, spec, manifest, missing[rank::num_ranks], crops, precision)
+        _fill(tokenizer, spec, manifest, ranks.shard(missing), crops, precision)
+    ranks.barrier()
     return StateCache(spec.directory, manifest)
 
 
@@ -148,7 +152,8 @@ def _prepare(spec: CacheSpec, manifest: CacheManifest, num_images: int) -> None:
             f"{spec.entry_bytes / 2**20:.2f} MiB): use fewer crops, a smaller dtype or another folder"
         )
     if not (directory / MANIFEST_FILE).exists():
-        write_atomically(directory / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+        text = manifest.model_dump_json(indent=2) + "\n"
+        _replace(directory / MANIFEST_FILE, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def _fill(
@@ -164,7 +169,8 @@ def _fill(
     with tqdm(total=total, desc=f"cache {spec.kind}", unit="crop", dynamic_ncols=True) as bar:
         for number in numbers:
             tensors = _encode(tokenizer, spec, shard_images(manifest, number), crops, precision, bar)
-            _write_shard(shard_file(spec.directory, number), tensors, manifest)
+            metadata = {"key": manifest.digest}
+            _replace(shard_file(spec.directory, number), partial(save_file, tensors, metadata=metadata))
 
 
 @torch.no_grad()
@@ -197,34 +203,41 @@ def _encode(
     return {"states": states, "crc32": sums, "is_valid": is_valid}
 
 
-def _write_shard(file: Path, tensors: dict[str, Tensor], manifest: CacheManifest) -> None:
-    partial = file.with_name(f".{file.name}.partial")  # of a killed build, it is overwritten
+def _weights_sha256(tokenizer: Tokenizer, frozen_sha256: Mapping[str, str], kind: CacheKind) -> str:
+    """Of the frozen parts that make the values, and of how the fusion combines them."""
+    config = tokenizer.config
+    parts: dict[str, object] = {
+        "encoder": frozen_sha256["encoder"],
+        "config": config.encoder.model_dump(mode="json"),
+        "pixels": [config.pixel_mean, config.pixel_std],
+    }
+    if kind == "enriched" and config.fusion is not None:
+        parts |= {"fusion": frozen_sha256["fusion"], "fusion_config": config.fusion.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _resolved(precision: str, device: torch.device) -> str:
+    """What ``auto`` stands for on this device."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file, sync, then take its place: whole or not at all."""
+    staging = file.with_name(f".{file.name}.partial")  # a killed build's is overwritten
     try:
-        save_file(tensors, partial, {"key": manifest.digest})
-        with partial.open("rb") as stream:
+        write(staging)
+        with staging.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(partial, file)
+        os.replace(staging, file)
     except OSError as exc:
-        partial.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CacheError(
                 f"no space left under {file.parent}; its shards are whole: free some and start again"
             ) from exc
         raise
     except BaseException:
-        partial.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
-
-
-def _weights_sha256(tokenizer: Tokenizer, kind: CacheKind) -> str:
-    """Of the frozen parts that make the values, and of how the fusion combines them."""
-    parts: list[nn.Module] = [tokenizer.encoder]
-    digest = hashlib.sha256(tokenizer.config.encoder.model_dump_json().encode())
-    if kind == "enriched" and tokenizer.fusion is not None:
-        digest.update(tokenizer.fusion.config.model_dump_json().encode())
-        parts.append(tokenizer.fusion)
-    for part in parts:
-        for name, tensor in sorted(part.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ Shape legend: B micro-batch, S image side, L fused layers, N tokens, C latent wi
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from model.tokenizer import Tokenizer
 from training.discriminator import (
     DINO_CONFIG,
     DINO_NAME,
+    NUM_DRAWS,
     Discriminator,
     FeatureBackbone,
     adaptive_weight,
@@ -37,6 +38,7 @@ from training.discriminator import (
     generator_loss,
 )
 from training.optimization import autocast
+from training.parallel import checkpoint_activations
 from training.perceptual import NAME as EFFICIENTNET_NAME
 from training.perceptual import EfficientNetDistance, Lpips, perceptual_name
 from training.recipe import PhaseRecipe
@@ -191,11 +193,24 @@ def build_networks(config: TokenizerConfig, recipe: PhaseRecipe, trained: Collec
         module = getattr(tokenizer, part)
         if module is not None:
             module.unfreeze() if part in trained else module.freeze()
+    if recipe.activation_checkpointing:
+        for module in modules_passed(tokenizer):
+            checkpoint_activations(module)
     return Networks(tokenizer, perceptual or EfficientNetDistance(), discriminator)
 
 
+def modules_passed(tokenizer: Tokenizer) -> list[nn.Module]:
+    """The blocks that gradients pass, the frozen decoder's too, as `training.phases` recomputes them."""
+    passed: list[nn.Module] = [*tokenizer.decoder.blocks]
+    if not tokenizer.encoder.frozen:
+        passed += tokenizer.encoder.blocks
+    if tokenizer.fusion is not None and not tokenizer.fusion.frozen:
+        passed.append(tokenizer.fusion.mixer)
+    return passed
+
+
 def measure_footprint(
-    networks: Networks, recipe: PhaseRecipe, micro_batch: int, num_micro_batches: int = 1
+    networks: Networks, recipe: PhaseRecipe, micro_batch: int, num_micro_batches: int = 1, num_processes: int = 1
 ) -> Footprint:
     """Count a step of these networks.
 
@@ -204,6 +219,7 @@ def measure_footprint(
         recipe: losses, precision, cache.
         micro_batch: images of one forward pass.
         num_micro_batches: of one process in one step; from two on, gradients are there from the start.
+        num_processes: that FSDP2 shards the decoder over, where the recipe has it.
     """
     with FakeTensorMode():
         for module in networks.parts().values():
@@ -213,7 +229,15 @@ def measure_footprint(
         step = StepSimulation(networks, recipe, micro_batch, num_micro_batches)
         plain = step.run(is_adversarial=False)
         adversarial = step.run(is_adversarial=True) if recipe.loss.adversarial else None
-    return Footprint(_part_sizes(networks), plain, adversarial, micro_batch)
+    is_sharded = recipe.distributed.strategy == "fsdp"
+    parts = _part_sizes(networks, num_processes if is_sharded else 1)
+    saved = sum(p.nbytes for p in networks.tokenizer.decoder.parameters() if p.requires_grad) - next(
+        part.gradient_bytes for part in parts if part.name == "decoder"
+    )
+    plain = replace(plain, peak_bytes=plain.peak_bytes - saved)
+    if adversarial is not None:
+        adversarial = replace(adversarial, peak_bytes=adversarial.peak_bytes - saved)
+    return Footprint(parts, plain, adversarial, micro_batch)
 
 
 class StepSimulation:
@@ -296,7 +320,7 @@ class StepSimulation:
             return tokenizer.fusion(states)
 
     def _judge(self, images: Tensor) -> Tensor:
-        return self.networks.discriminator(images, torch.Generator())
+        return self.networks.discriminator(images, torch.empty(len(images), NUM_DRAWS))
 
     def _balance_at(self) -> Tensor:
         decoder, fusion = self.networks.tokenizer.decoder, self.networks.tokenizer.fusion
@@ -337,17 +361,19 @@ def _is_fake(tensor: Tensor) -> bool:
     return hasattr(tensor, "fake_mode")
 
 
-def _part_sizes(networks: Networks) -> list[PartSize]:
+def _part_sizes(networks: Networks, num_shards: int) -> list[PartSize]:
+    """Sizes on one process; of the decoder a share, if it is sharded."""
     sizes = []
     for name, module in networks.parts().items():
         parameters = list(module.parameters())
-        trained_bytes = sum(p.nbytes for p in parameters if p.requires_grad)
+        share = num_shards if name == "decoder" else 1
+        trained_bytes = sum(p.nbytes for p in parameters if p.requires_grad) // share
         sizes.append(
             PartSize(
                 name=name,
                 num_parameters=sum(p.numel() for p in parameters),
                 num_trained=sum(p.numel() for p in parameters if p.requires_grad),
-                weight_bytes=sum(t.nbytes for t in (*parameters, *module.buffers())),
+                weight_bytes=sum(t.nbytes for t in (*parameters, *module.buffers())) // share,
                 gradient_bytes=trained_bytes,
                 optimizer_bytes=ADAM_MOMENTS * trained_bytes,
                 ema_bytes=trained_bytes if name != "discriminator" else 0,

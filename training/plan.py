@@ -16,7 +16,7 @@ from training.cache import cache_spec
 from training.errors import RecipeError
 from training.footprint import Footprint, build_networks, measure_footprint
 from training.optimization import resolve_device
-from training.phases import TRAINED_PARTS, check_recipe
+from training.phases import TRAINED_PARTS
 from training.preflight import (
     Findings,
     ImageCheck,
@@ -30,6 +30,7 @@ from training.preflight import (
 )
 from training.rates import MatrixRate, find_matrix_rate
 from training.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
+from training.starting import check_recipe
 
 DEFAULT_NUM_CHECKED = 256
 DEFAULT_SHARE = 0.4
@@ -174,7 +175,7 @@ def _plan_reconstruction(phase: str, recipe: PhaseRecipe, resume: bool, options:
             None, None, None, None, None, findings,
         )  # fmt: skip
     check_networks(recipe, config, findings)
-    footprint = _footprint(phase, recipe, config, micro_batch)
+    footprint = _footprint(phase, recipe, config, micro_batch, options.num_processes)
     device_bytes = _device_bytes(recipe, device)
     if device_bytes is not None and footprint.peak_bytes > device_bytes:
         findings.problems.append(
@@ -204,24 +205,21 @@ def _check_device(recipe: BaseRecipe, findings: Findings) -> torch.device:
 
 def _check_batches(phase: str, recipe: PhaseRecipe, num_processes: int, findings: Findings) -> int:
     """Images of one forward pass."""
-    num_parts = recipe.accumulation_steps * num_processes
     try:
-        check_recipe(phase, recipe)
+        check_recipe(phase, recipe, num_processes)
     except RecipeError as exc:
         findings.problems.append(str(exc))
-    else:
-        if recipe.batch_size % num_parts:
-            findings.problems.append(
-                f"field 'batch_size': {recipe.batch_size} images cannot be split into "
-                f"{recipe.accumulation_steps} micro-batches for each of {num_processes} processes"
-            )
-    return max(1, recipe.batch_size // num_parts)
+    return max(1, recipe.batch_size // (recipe.accumulation_steps * num_processes))
 
 
-def _footprint(phase: str, recipe: PhaseRecipe, config: TokenizerConfig, micro_batch: int) -> Footprint:
+def _footprint(
+    phase: str, recipe: PhaseRecipe, config: TokenizerConfig, micro_batch: int, num_processes: int
+) -> Footprint:
     trained = TRAINED_PARTS[phase] | ({"encoder"} if recipe.train_encoder else set())
     networks = build_networks(config, recipe, trained)
-    return measure_footprint(networks, recipe, micro_batch, recipe.accumulation_steps)
+    return measure_footprint(
+        networks, recipe, micro_batch, recipe.accumulation_steps, num_processes
+    )
 
 
 def _device_bytes(recipe: PhaseRecipe, device: torch.device) -> int | None:

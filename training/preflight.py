@@ -15,14 +15,13 @@ from tqdm import tqdm
 from model.config import PRESETS, TokenizerConfig
 from model.encoder import Encoder
 from model.errors import ModelError
-from model.tokenizer import Tokenizer
 from training.data import Transform, decode_image, random_crop
 from training.discriminator import make_backbone
 from training.errors import DataError, TrainingError, WeightsError
 from training.perceptual import make_perceptual
-from training.phases import phase_config
 from training.recipe import BaseRecipe, DataConfig, PhaseRecipe
 from training.sources import Sample, list_samples
+from training.starting import make_tokenizer
 from training.trainer import STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -97,10 +96,7 @@ def check_start(phase: str, recipe: PhaseRecipe, findings: Findings) -> Tokenize
         None where neither is known.
     """
     try:
-        if recipe.init is None:
-            raise WeightsError(f"field 'init': {phase} starts from a checkpoint with a pre-trained encoder")
-        source = Tokenizer.load(recipe.init, fusion="reference").config
-        return phase_config(phase, recipe, source)
+        return make_tokenizer(phase, recipe).config
     except (ModelError, TrainingError) as exc:
         text = str(exc)
         findings.problems.append(text if text.startswith("field") else f"field 'init': {text}")
