@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.pictures import DECODER_ERRORS, fit_picture, fitted_size, to_srgb, upright
+from training.distributed import Ranks
 from training.errors import DataError
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
@@ -142,16 +143,34 @@ class PositionedDataset(Dataset[tuple[Tensor, int, int]]):
 
 
 class PositionSampler(Sampler[int]):
-    """Yields consecutive positions of the endless stream, from ``start``."""
+    """Yields the endless stream's positions from ``start``: of each global batch, this rank's share.
 
-    def __init__(self, start: int) -> None:
+    A share is a run of consecutive positions, so that the ranks' batches laid end to end are the batch
+    that one process would see.
+    """
+
+    def __init__(self, start: int, batch_size: int, ranks: Ranks) -> None:
         self.start = start
+        self.batch_size = batch_size
+        self.share = share_of_batch(batch_size, ranks)
 
     def __iter__(self) -> Iterator[int]:
-        position = self.start
+        first = self.start
         while True:
-            yield position
-            position += 1
+            yield from (first + index for index in self.share)
+            first += self.batch_size
+
+
+def share_of_batch(batch_size: int, ranks: Ranks) -> range:
+    """Which samples of a global batch are this rank's.
+
+    Raises:
+        ValueError: the batch cannot be shared equally, which means over samples rely on.
+    """
+    size, rest = divmod(batch_size, ranks.size)
+    if rest:
+        raise ValueError(f"a batch of {batch_size} images does not divide among {ranks.size} ranks")
+    return range(ranks.rank * size, (ranks.rank + 1) * size)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -160,9 +179,22 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def training_batches(
-    config: DataConfig, transform: Transform, batch_size: int, seed: int, start_batch: int
+    config: DataConfig,
+    transform: Transform,
+    batch_size: int,
+    seed: int,
+    start_batch: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> Iterator[Batch]:
-    """Endless batches from batch number ``start_batch`` on.
+    """Endless batches from batch number ``start_batch`` on: this rank's share of each.
+
+    Args:
+        config: folders or shards, and how many processes decode them.
+        transform: crop and flip.
+        batch_size: images of a batch, over all ranks.
+        seed: of order and augmentation.
+        start_batch: the first batch's number.
+        ranks: by default this process sees whole batches.
 
     Raises:
         DataError: a path is missing, or no image can be decoded.
@@ -171,8 +203,8 @@ def training_batches(
     logger.info("training on %d images", len(samples))
     loader = DataLoader(
         PositionedDataset(samples, transform, seed),
-        batch_size=batch_size,
-        sampler=PositionSampler(start_batch * batch_size),
+        batch_size=batch_size // ranks.size,
+        sampler=PositionSampler(start_batch * batch_size, batch_size, ranks),
         num_workers=config.num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),

@@ -70,6 +70,17 @@ class LossConfig(FrozenConfig):
     )
 
 
+class DistributedConfig(FrozenConfig):
+    """How the ranks that ``torchrun`` starts share the work; one process needs none of it."""
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: every rank holds all weights; fsdp: a shard of the decoder's (FSDP2)."
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, description="How long a rank waits for the others before it gives up, seconds."
+    )
+
+
 class DiscriminatorConfig(FrozenConfig):
     """Frozen ViT features with light spectral-norm heads (StyleGAN-T, RAE)."""
 
@@ -105,8 +116,13 @@ class BaseRecipe(FrozenConfig):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
     num_steps: PositiveInt = Field(description="Optimizer steps.")
-    batch_size: PositiveInt = Field(512, description="Images an optimizer step.")
+    batch_size: PositiveInt = Field(512, description="Images an optimizer step, over all ranks.")
     accumulation_steps: PositiveInt = Field(1, description="Micro-batches an optimizer step is split into.")
+    distributed: DistributedConfig = DistributedConfig()
+    compile: bool = Field(False, description="Compile transformer blocks and the fusion (torch.compile).")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute the blocks that gradients pass in the backward pass, to save memory."
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(0.9978, ge=0, lt=1)
     log_every_steps: PositiveInt = 20
