@@ -61,7 +61,9 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "dry run", "what the run would train, need and take, and whether it can; trains and writes nothing"
     )
-    group.add_argument("--dry-run", action="store_true", help="print the plan; status 2 if the run would fail")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print the plan; status 2 if the run would fail"
+    )
     group.add_argument(
         "--check-images",
         type=_images,
@@ -73,7 +75,10 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
         "--matrix-tflops",
         type=_positive,
         metavar="X",
-        help="the device's matrix rate, TFLOP/s (default: its data sheet's, else measured)",
+        help="the device's matrix rate in bfloat16, TFLOP/s (default: its data sheet's, else measured)",
+    )
+    group.add_argument(
+        "--float32-tflops", type=_positive, metavar="X", help="the same in float32, which the losses take"
     )
     group.add_argument(
         "--matrix-share",
@@ -134,6 +139,7 @@ def _show_plan(arguments: argparse.Namespace) -> int:
 
     if arguments.processes < 1:
         raise UsageError(f"--processes {arguments.processes}: expected a positive number")
+    stated = {"bfloat16": arguments.matrix_tflops, "float32": arguments.float32_tflops}
     plan = plan_phase(
         arguments.phase,
         arguments.config,
@@ -142,7 +148,7 @@ def _show_plan(arguments: argparse.Namespace) -> int:
         arguments.resume,
         PlanOptions(
             num_checked=arguments.check_images,
-            matrix_tflops=arguments.matrix_tflops,
+            matrix_tflops={name: rate for name, rate in stated.items() if rate is not None},
             matrix_share=arguments.matrix_share,
             num_processes=arguments.processes,
         ),

@@ -184,7 +184,9 @@ def check_manifest(directory: Path, found: CacheManifest, wanted: CacheKey) -> N
     before, now = found.key.model_dump(), wanted.model_dump()
     differing = [name for name, value in now.items() if before[name] != value]
     if differing:
-        changes = ", ".join(f"{name} is {_short(before[name])}, not {_short(now[name])}" for name in differing)
+        changes = ", ".join(
+            f"{name} is {_short(before[name])}, not {_short(now[name])}" for name in differing
+        )
         raise CacheError(
             f"{directory} is a cache of something else ({changes}): delete it or name another cache.directory"
         )
@@ -258,7 +260,9 @@ class StateCache:
         entry = offset * self.manifest.key.crops_per_image + variant
         file = shard_file(self.directory, number)
         if not int(shard.get_slice("is_valid")[entry : entry + 1]):
-            raise CacheError(f"{file}: image {index} could not be decoded when the cache was made: delete the file")
+            raise CacheError(
+                f"{file}: image {index} could not be decoded when the cache was made: delete the file"
+            )
         states = shard.get_slice("states")[entry : entry + 1][0]
         if checksum(states) != int(shard.get_slice("crc32")[entry : entry + 1]):
             raise CacheError(f"{file}: entry {entry} is damaged: delete the file and start again")

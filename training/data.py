@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,15 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 64 * 2**20
 Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
+Item = tuple[Tensor, int, int, Tensor | None]  # image, label, number of broken ones before it, states
+CROP = 7  # beside order (0), augmentation (1) and the purposes of `training.randomness`
+
+
+class StoredStates(Protocol):
+    """What the frozen parts give for each crop, from a cache (`training.cache`)."""
+
+    def read(self, index: int, variant: int) -> Tensor:
+        """[L, N, C] of one crop of one listed image."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,13 @@ class Batch:
         images: [B, 3, S, S] uint8.
         labels: [B] int64, -1 where the source names no class.
         num_broken: samples that could not be decoded and were replaced by their successor.
+        states: [B, L, N, C] of these very crops, where there is a cache.
     """
 
     images: Tensor
     labels: Tensor
     num_broken: int
+    states: Tensor | None = None
 
     def pixels(self, device: torch.device) -> Tensor:
         """Images as float32 [B, 3, S, S] in [0, 1] on ``device``."""
@@ -110,35 +122,56 @@ def _random_flip(image: Image.Image, rng: np.random.Generator, enabled: bool) ->
     return ImageOps.mirror(image) if enabled and rng.random() < 0.5 else image
 
 
-class PositionedDataset(Dataset[tuple[Tensor, int, int]]):
+def fixed_crop(image: Image.Image, transform: Transform, seed: int, index: int, variant: int) -> Image.Image:
+    """Crop number ``variant`` of the listed image ``index``: the same in every epoch."""
+    return transform(image, np.random.default_rng((seed, CROP, index, variant)))
+
+
+class PositionedDataset(Dataset[Item]):
     """Maps a position in the endless training stream to a sample.
 
     Epoch e visits the samples in a permutation drawn from (seed, e); augmentation is drawn from
-    (seed, position). Nothing depends on what was read before.
+    (seed, position), or, of a fixed number of crops of each image, epoch e takes number e modulo that.
+    Nothing depends on what was read before.
     """
 
-    def __init__(self, samples: Sequence[Sample], transform: Transform, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Transform,
+        seed: int,
+        crops_per_image: int | None = None,
+        stored: StoredStates | None = None,
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.crops_per_image = crops_per_image
+        self.stored = stored
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, position: int) -> Item:
         epoch, offset = divmod(position, len(self.samples))
         if epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
             self._epoch = epoch
-        rng = np.random.default_rng((self.seed, 1, position))
         for num_broken in range(len(self.samples)):
-            sample = self.samples[self._order[(offset + num_broken) % len(self.samples)]]
+            index = int(self._order[(offset + num_broken) % len(self.samples)])
+            sample = self.samples[index]
             try:
                 image = decode_image(sample.read())
             except (DataError, OSError) as exc:
                 logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
                 continue
             label = -1 if sample.label is None else sample.label
-            return to_tensor(self.transform(image, rng)), label, num_broken
+            if self.crops_per_image is None:
+                crop = self.transform(image, np.random.default_rng((self.seed, 1, position)))
+                return to_tensor(crop), label, num_broken, None
+            variant = epoch % self.crops_per_image
+            crop = fixed_crop(image, self.transform, self.seed, index, variant)
+            states = None if self.stored is None else self.stored.read(index, variant)
+            return to_tensor(crop), label, num_broken, states
         raise DataError(f"none of the {len(self.samples)} listed images could be decoded")
 
 
@@ -185,6 +218,7 @@ def training_batches(
     seed: int,
     start_batch: int,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    stored: StoredStates | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from batch number ``start_batch`` on: this rank's share of each.
 
@@ -195,6 +229,7 @@ def training_batches(
         seed: of order and augmentation.
         start_batch: the first batch's number.
         ranks: by default this process sees whole batches.
+        stored: what the batches' states are read from; needs ``config.crops_per_image``.
 
     Raises:
         DataError: a path is missing, or no image can be decoded.
@@ -202,7 +237,7 @@ def training_batches(
     samples = list_samples(config.train)
     logger.info("training on %d images", len(samples))
     loader = DataLoader(
-        PositionedDataset(samples, transform, seed),
+        PositionedDataset(samples, transform, seed, config.crops_per_image, stored),
         batch_size=batch_size // ranks.size,
         sampler=PositionSampler(start_batch * batch_size, batch_size, ranks),
         num_workers=config.num_workers,
@@ -227,12 +262,15 @@ def evaluation_batches(
                 logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
                 continue
             kept.append(sample)
-            items.append((to_tensor(image), -1 if sample.label is None else sample.label, 0))
+            items.append((to_tensor(image), -1 if sample.label is None else sample.label, 0, None))
         if items:
             batch = _collate(items)
             yield kept, Batch(batch.images, batch.labels, len(chunk) - len(kept))
 
 
-def _collate(items: Sequence[tuple[Tensor, int, int]]) -> Batch:
-    images, labels, num_broken = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), sum(num_broken))
+def _collate(items: Sequence[Item]) -> Batch:
+    images, labels, num_broken, states = zip(*items, strict=True)
+    stored = [state for state in states if state is not None]
+    return Batch(
+        torch.stack(images), torch.tensor(labels), sum(num_broken), torch.stack(stored) if stored else None
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from kernels.reference import token_norm
 from model.config import TokenizerConfig
@@ -47,6 +47,30 @@ ADAM_MOMENTS = 2
 
 
 @dataclass(frozen=True)
+class Operations:
+    """In matrix products and convolutions, two a multiply-add, by the precision of their operands."""
+
+    bfloat16: int = 0
+    float32: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.bfloat16 + self.float32
+
+    def __add__(self, other: "Operations") -> "Operations":
+        return Operations(self.bfloat16 + other.bfloat16, self.float32 + other.float32)
+
+    def __sub__(self, other: "Operations") -> "Operations":
+        return Operations(self.bfloat16 - other.bfloat16, self.float32 - other.float32)
+
+    def times(self, factor: int) -> "Operations":
+        return Operations(self.bfloat16 * factor, self.float32 * factor)
+
+    def over(self, divisor: int) -> "Operations":
+        return Operations(self.bfloat16 // divisor, self.float32 // divisor)
+
+
+@dataclass(frozen=True)
 class PartSize:
     """One part's parameters, and the bytes that stay allocated for it through every step."""
 
@@ -68,12 +92,12 @@ class StepCost:
     """What each stage's forward pass leaves for the backward pass, by stage."""
     peak_bytes: int
     """Most that is allocated at once besides weights, moments and averages; gradients included."""
-    operations: dict[str, int]
-    """For one image, two a multiply-add in matrix products and convolutions, by stage."""
+    operations: dict[str, Operations]
+    """For one image, by stage."""
 
     @property
-    def operations_per_image(self) -> int:
-        return sum(self.operations.values())
+    def operations_per_image(self) -> Operations:
+        return sum(self.operations.values(), Operations())
 
 
 @dataclass(frozen=True)
@@ -98,7 +122,7 @@ class Footprint:
             cost.peak_bytes for cost in (self.plain, self.adversarial) if cost is not None
         )
 
-    def operations_per_image(self, step: int, recipe: PhaseRecipe) -> int:
+    def operations_per_image(self, step: int, recipe: PhaseRecipe) -> Operations:
         """Of step ``step``: the discriminator and its loss set in at steps of their own."""
         total = self.plain.operations_per_image
         if self.adversarial is None or step < recipe.discriminator.start_step:
@@ -107,28 +131,34 @@ class Footprint:
             return total + self.adversarial.operations["discriminator"]
         return self.adversarial.operations_per_image
 
-    def run_operations(self, recipe: PhaseRecipe) -> int:
+    def run_operations(self, recipe: PhaseRecipe) -> Operations:
         """Of the whole run, evaluation aside."""
         starts = (0, recipe.discriminator.start_step, recipe.discriminator.adversarial_start_step)
         bounds = [min(start, recipe.num_steps) for start in starts] + [recipe.num_steps]
         spans = zip(starts, bounds, bounds[1:], strict=False)
-        steps = sum((end - begin) * self.operations_per_image(step, recipe) for step, begin, end in spans)
-        return steps * recipe.batch_size
+        total = Operations()
+        for step, begin, end in spans:
+            total += self.operations_per_image(step, recipe).times(end - begin)
+        return total.times(recipe.batch_size)
 
 
-class AllocationTracker(TorchDispatchMode):
-    """Follows the bytes of every tensor that operations make within the context, and their most."""
+class StepTracker(TorchDispatchMode):
+    """Counts operations, and follows the bytes of every tensor that they make, within the context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.operations = Operations()
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if count := _count_operations(func, args, kwargs or {}, result):
+            is_wide = next(leaf for leaf in tree_leaves(result) if leaf is not None).dtype == torch.float32
+            self.operations += Operations(float32=count) if is_wide else Operations(bfloat16=count)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf.untyped_storage())
@@ -210,7 +240,11 @@ def modules_passed(tokenizer: Tokenizer) -> list[nn.Module]:
 
 
 def measure_footprint(
-    networks: Networks, recipe: PhaseRecipe, micro_batch: int, num_micro_batches: int = 1, num_processes: int = 1
+    networks: Networks,
+    recipe: PhaseRecipe,
+    micro_batch: int,
+    num_micro_batches: int = 1,
+    num_processes: int = 1,
 ) -> Footprint:
     """Count a step of these networks.
 
@@ -252,17 +286,16 @@ class StepSimulation:
         self.num_micro_batches = num_micro_batches
         self.device = torch.device("cpu")
         self.precision = _precision(recipe)
-        self.tracker = AllocationTracker()
-        self.counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        self.tracker = StepTracker()
         self.activations: dict[str, int] = {}
-        self.operations: dict[str, int] = {}
+        self.operations: dict[str, Operations] = {}
 
     def run(self, is_adversarial: bool) -> StepCost:
         """Cost of one micro-batch; the peak is that of the whole step."""
         networks = (self.networks.tokenizer, self.networks.perceptual, self.networks.discriminator)
-        self.tracker, self.activations, self.operations = AllocationTracker(), {}, {}
+        self.tracker, self.activations, self.operations = StepTracker(), {}, {}
         self.tracker.ignore(t for module in networks for t in (*module.parameters(), *module.buffers()))
-        with self.tracker, self.counter:
+        with self.tracker:
             pairs = []
             for _ in range(min(self.num_micro_batches, 2)):
                 self.operations.clear()
@@ -278,7 +311,7 @@ class StepSimulation:
         peak = self.tracker.peak_bytes
         for module in networks:
             module.zero_grad(set_to_none=True)
-        operations = {name: count // self.micro_batch for name, count in self.operations.items()}
+        operations = {name: count.over(self.micro_batch) for name, count in self.operations.items()}
         return StepCost(dict(self.activations), peak, operations)
 
     def _generate(self, is_adversarial: bool) -> tuple[Tensor, Tensor]:
@@ -330,11 +363,11 @@ class StepSimulation:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        live, operations = self.tracker.live_bytes, self.counter.get_total_flops()
+        live, operations = self.tracker.live_bytes, self.tracker.operations
         yield
         if name not in ("backward", "discriminator"):
             self.activations[name] = max(0, self.tracker.live_bytes - live)
-        self.operations[name] = self.counter.get_total_flops() - operations
+        self.operations[name] = self.tracker.operations - operations
 
 
 def _precision(recipe: PhaseRecipe) -> str:
@@ -382,20 +415,23 @@ def _part_sizes(networks: Networks, num_shards: int) -> list[PartSize]:
     return sizes
 
 
-def _attention_operations(
-    query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward_operations(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-# The counter knows CUDA's attention kernels only.
+# torch's counter knows CUDA's attention kernels only; the CPU's take query, key and value in the same places.
 _CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_operations,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_: sdpa_flop_count(
+        query.shape, key.shape, value.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_: sdpa_backward_flop_count(
+            grad.shape, query.shape, key.shape, value.shape
+        )
+    ),
 }
+
+
+def _count_operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Operations of one call, two a multiply-add; zero where it is no product."""
+    packet = func._overloadpacket
+    if packet in _CPU_ATTENTION:
+        return int(_CPU_ATTENTION[packet](*args))
+    counter = flop_registry.get(packet)
+    return 0 if counter is None else int(counter(*args, **kwargs, out_val=result))

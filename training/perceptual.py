@@ -187,6 +187,8 @@ def _unit(features: Tensor) -> Tensor:
 def read_weights(file: Path) -> Mapping[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as exc:
+        raise WeightsError(f"{file}: no such file") from exc
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
         raise WeightsError(f"{file}: not a readable state dict") from exc
     if not isinstance(weights, Mapping):

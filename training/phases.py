@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from model.tokenizer import Tokenizer
+from training.cache import KINDS, StateCache, cache_spec
+from training.cache_build import open_or_build_cache, tokens_from_states
 from training.data import Batch, random_crop, share_of_batch, training_batches
 from training.discriminator import (
     NUM_DRAWS,
@@ -76,13 +78,20 @@ GRID_IMAGES = 8
 class Reconstructor(nn.Module):
     """The tokenizer as it is trained: images to reconstructions, through latents with noise."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, phase: str) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+        self.cached_kind = KINDS[phase]
 
-    def forward(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """Unclamped reconstructions of images [B, 3, S, S] in [0, 1]; noise [B, N, C] is added to latents."""
-        tokens = self.tokenizer.tokens(images)
+    def forward(self, images: Tensor, noise: Tensor | None, states: Tensor | None = None) -> Tensor:
+        """Unclamped reconstructions of images [B, 3, S, S] in [0, 1]; noise [B, N, C] is added to latents.
+
+        Cached ``states`` [B, L, N, C] of the images stand in for the frozen parts.
+        """
+        if states is None:
+            tokens = self.tokenizer.tokens(images)
+        else:
+            tokens = tokens_from_states(self.tokenizer, self.cached_kind, states)
         if noise is not None:
             tokens = tokens + noise.to(tokens)
         return self.tokenizer.decoder(tokens).float()
@@ -109,7 +118,7 @@ class ReconstructionTask(Task):
         self.frozen_digests = self._digests()
         self._prepare_modules()
         self.model = Replicas(
-            Reconstructor(self.tokenizer).train(), self.ranks, may_leave_unused=recipe.train_encoder
+            Reconstructor(self.tokenizer, phase).train(), self.ranks, may_leave_unused=recipe.train_encoder
         )
         self.optimizer = make_optimizer(self.tokenizer, recipe.optimizer)
         self.discriminator_optimizer = torch.optim.AdamW(
@@ -137,9 +146,20 @@ class ReconstructionTask(Task):
             recipe.seed,
             start_step * per_step,
             self.ranks,
+            self._open_cache(),
         )
         while True:
             yield [next(stream) for _ in range(per_step)]
+
+    def _open_cache(self) -> StateCache | None:
+        """What the recipe's cache keeps of the frozen parts; all ranks fill what is missing."""
+        recipe = self.recipe
+        if recipe.cache is None:
+            return None
+        spec = cache_spec(self.phase, recipe, self.tokenizer.config)
+        return open_or_build_cache(
+            self.tokenizer, self.frozen_digests, spec, recipe.data, recipe.seed, recipe.precision, self.ranks
+        )
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
         recipe = self.recipe
@@ -154,7 +174,9 @@ class ReconstructionTask(Task):
         for number, batch in enumerate(micro_batches):
             images, samples = batch.pixels(self.device), self._samples(number)
             with self.model.micro_batch(is_last=number == len(micro_batches) - 1):
-                reconstructions, losses = self._generator_losses(step, images, samples, randomness)
+                reconstructions, losses = self._generator_losses(
+                    step, images, batch.states, samples, randomness
+                )
                 (losses.pop("total") / len(micro_batches)).backward()
             pairs.append((images, reconstructions.detach()))
             for name, value in losses.items():
@@ -216,11 +238,16 @@ class ReconstructionTask(Task):
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
     def _generator_losses(
-        self, step: int, images: Tensor, samples: range, randomness: StepRandomness
+        self,
+        step: int,
+        images: Tensor,
+        states: Tensor | None,
+        samples: range,
+        randomness: StepRandomness,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weights, recipe = self.recipe.loss, self.recipe
         with autocast(self.device, recipe.precision):
-            reconstructions = self.model(images, self._noise(samples, randomness))
+            reconstructions = self.model(images, self._noise(samples, randomness), states)
         l1 = (reconstructions - images).abs().mean()
         losses = {"l1": l1}
         total = weights.l1 * l1

@@ -4,8 +4,8 @@ Nothing is written. A problem is whatever would end the run, at once or after ho
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from model.config import PRESETS, TokenizerConfig
 from training.cache import cache_spec
 from training.errors import RecipeError
-from training.footprint import Footprint, build_networks, measure_footprint
+from training.footprint import Footprint, Operations, build_networks, measure_footprint
 from training.optimization import resolve_device
 from training.phases import TRAINED_PARTS
 from training.preflight import (
@@ -43,13 +43,13 @@ class PlanOptions:
 
     Attributes:
         num_checked: images of each listing to decode; None for all.
-        matrix_tflops: of the device, in the run's precision; None: by its name, or measured.
+        matrix_tflops: of the device, by precision; what is not stated is known by its name, or measured.
         matrix_share: part of that rate that a training step reaches.
         num_processes: of the run, one a device.
     """
 
     num_checked: int | None = DEFAULT_NUM_CHECKED
-    matrix_tflops: float | None = None
+    matrix_tflops: Mapping[str, float] = field(default_factory=dict)
     matrix_share: float = DEFAULT_SHARE
     num_processes: int = 1
 
@@ -182,7 +182,7 @@ def _plan_reconstruction(phase: str, recipe: PhaseRecipe, resume: bool, options:
             f"field 'accumulation_steps': a micro-batch of {micro_batch} images needs "
             f"{gib(footprint.peak_bytes)} and {device} has {gib(device_bytes)}: use more micro-batches"
         )
-    rate = find_matrix_rate(recipe, device, options.matrix_tflops)
+    rate = find_matrix_rate(device, options.matrix_tflops)
     timing = _timing(recipe, footprint, rate, options)
     _compare_decoding(recipe, train, timing, options.num_processes, findings)
     disk = _disk(phase, recipe, config, footprint, train.num_listed, resume, findings)
@@ -217,9 +217,7 @@ def _footprint(
 ) -> Footprint:
     trained = TRAINED_PARTS[phase] | ({"encoder"} if recipe.train_encoder else set())
     networks = build_networks(config, recipe, trained)
-    return measure_footprint(
-        networks, recipe, micro_batch, recipe.accumulation_steps, num_processes
-    )
+    return measure_footprint(networks, recipe, micro_batch, recipe.accumulation_steps, num_processes)
 
 
 def _device_bytes(recipe: PhaseRecipe, device: torch.device) -> int | None:
@@ -231,14 +229,18 @@ def _device_bytes(recipe: PhaseRecipe, device: torch.device) -> int | None:
     return None
 
 
-def _timing(
-    recipe: PhaseRecipe, footprint: Footprint, rate: MatrixRate, options: PlanOptions
-) -> Timing:
-    operations_per_s = rate.tflops * 1e12 * options.matrix_share * options.num_processes
-    costs = footprint.adversarial or footprint.plain
-    step_s = costs.operations_per_image * recipe.batch_size / operations_per_s
-    run_s = footprint.run_operations(recipe) / operations_per_s
-    return Timing(step_s, run_s, recipe.num_steps * recipe.batch_size / run_s)
+def _timing(recipe: PhaseRecipe, footprint: Footprint, rate: MatrixRate, options: PlanOptions) -> Timing:
+    def seconds(operations: Operations) -> float:
+        needed = rate.seconds(operations.bfloat16, operations.float32)
+        return needed / (options.matrix_share * options.num_processes)
+
+    cost = footprint.adversarial or footprint.plain
+    run_s = seconds(footprint.run_operations(recipe))
+    return Timing(
+        step_s=seconds(cost.operations_per_image.times(recipe.batch_size)),
+        run_s=run_s,
+        images_per_s=recipe.num_steps * recipe.batch_size / run_s,
+    )
 
 
 def _compare_decoding(
@@ -344,10 +346,16 @@ def _footprint_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
         f"memory     {gib(footprint.peak_bytes)}{of} on {plan.device} at the peak of a step, "
         f"{footprint.micro_batch} images at a time"
     )
-    shown = ", ".join(f"{name} {count / 1e9:,.0f}" for name, count in cost.operations.items() if count)
-    yield f"compute    {cost.operations_per_image / 1e9:,.0f} GFLOP an image ({shown})"
+    shown = ", ".join(
+        f"{name} {count.total / 1e9:,.0f}" for name, count in cost.operations.items() if count.total
+    )
+    yield f"compute    {cost.operations_per_image.total / 1e9:,.0f} GFLOP an image ({shown})"
     if plan.rate is not None and plan.timing is not None:
-        yield f"rate       {plan.rate.tflops:,.4g} TFLOP/s ({plan.rate.source})"
+        wide = cost.operations_per_image.float32 / cost.operations_per_image.total
+        yield (
+            f"rate       {plan.rate.bfloat16_tflops:,.4g} TFLOP/s in bfloat16, {plan.rate.float32_tflops:,.4g} "
+            f"in float32 ({plan.rate.source}); {wide:.0%} of the operations are float32"
+        )
         yield (
             f"time       {plan.timing.step_s:.3g} s a step with all losses, "
             f"{plan.timing.images_per_s:,.0f} images/s, {_duration(plan.timing.run_s)} in all"
@@ -356,7 +364,7 @@ def _footprint_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
 
 def _disk_lines(disk: Disk) -> Iterator[str]:
     yield (
-        f"disk       checkpoint {gib(disk.checkpoint_bytes)}, state {gib(disk.state_bytes)} (twice while it is "
+        f"disk       checkpoint {gib(disk.checkpoint_bytes)}, state {gib(disk.state_bytes)} (twice while "
         f"replaced); {gib(disk.output_free_bytes)} free"
     )
     if disk.cache_bytes is not None and disk.cache_free_bytes is not None:

@@ -83,9 +83,7 @@ def check_validation_images(
     if not data.validation:
         return ImageCheck()
     centre = DataConfig(train=data.train, resize_short_side=(side, side), flip=False)
-    return _check_images(
-        "data.validation", data.validation, random_crop(centre, side), num_checked, findings
-    )
+    return _check_images("data.validation", data.validation, random_crop(centre, side), num_checked, findings)
 
 
 def check_start(phase: str, recipe: PhaseRecipe, findings: Findings) -> TokenizerConfig | None:

@@ -32,7 +32,8 @@ class DataConfig(FrozenConfig):
     )
     flip: bool = Field(True, description="Random horizontal flip.")
     crops_per_image: PositiveInt | None = Field(
-        None, description="Fixed random crops of each image, one an epoch in turn; null: a new one every time."
+        None,
+        description="Fixed random crops of each image, one an epoch in turn; null: a new one every time.",
     )
     num_images: PositiveInt | None = Field(
         None, description="Images in train, to turn epochs into steps by; null: count them."

@@ -88,9 +88,13 @@ def test_training_does_not_encode_cached_crops(
     encoded = []
     tokens = Tokenizer.tokens
     monkeypatch.setattr(
-        Tokenizer, "tokens", lambda self, images, *rest: encoded.append(len(images)) or tokens(self, images, *rest)
+        Tokenizer,
+        "tokens",
+        lambda self, images, *rest: encoded.append(len(images)) or tokens(self, images, *rest),
     )
-    run_phase("phase1", recipe_file, [*with_cache, "num_steps=2", "evaluate_every_steps=99"], tmp_path / "two")
+    run_phase(
+        "phase1", recipe_file, [*with_cache, "num_steps=2", "evaluate_every_steps=99"], tmp_path / "two"
+    )
     assert encoded == [12]  # the validation at the end alone
 
 
