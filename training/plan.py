@@ -13,8 +13,9 @@ import torch
 
 from model.config import PRESETS, TokenizerConfig
 from training.cache import cache_spec
+from training.counting import Operations
 from training.errors import RecipeError
-from training.footprint import Footprint, Operations, build_networks, measure_footprint
+from training.footprint import Footprint, build_networks, measure_footprint
 from training.optimization import resolve_device
 from training.phases import TRAINED_PARTS
 from training.preflight import (
@@ -364,8 +365,8 @@ def _footprint_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
 
 def _disk_lines(disk: Disk) -> Iterator[str]:
     yield (
-        f"disk       checkpoint {gib(disk.checkpoint_bytes)}, state {gib(disk.state_bytes)} (twice while "
-        f"replaced); {gib(disk.output_free_bytes)} free"
+        f"disk       checkpoint {gib(disk.checkpoint_bytes)}, state {gib(disk.state_bytes)} "
+        f"(twice while it is replaced); {gib(disk.output_free_bytes)} free"
     )
     if disk.cache_bytes is not None and disk.cache_free_bytes is not None:
         yield f"cache      {gib(disk.cache_bytes)}; {gib(disk.cache_free_bytes)} free"

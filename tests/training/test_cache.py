@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,10 +177,14 @@ def test_damage_is_found_when_it_is_read(recipe_file: Path, tmp_path: Path, with
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None
     cache = StateCache(tmp_path / "cache", manifest)
-    with pytest.raises(CacheError, match=r"shard-00000\.safetensors: entry \d+ is damaged"):
-        for index in range(12):
-            for variant in range(2):
-                cache.read(index, variant)
+    messages = []
+    for entry in range(24):
+        try:
+            cache.read(*divmod(entry, 2))
+        except CacheError as exc:
+            messages.append(str(exc))
+    (message,) = messages  # of one entry alone
+    assert re.search(r"shard-00000\.safetensors: entry \d+ is damaged", message)
 
 
 def test_a_truncated_shard_is_made_again(recipe_file: Path, tmp_path: Path, with_cache: list[str]) -> None:
