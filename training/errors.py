@@ -6,7 +6,8 @@
     ├── RecipeError     a recipe file that cannot be read or asks for the impossible
     ├── DataError       no images, an unreadable folder or shard
     ├── WeightsError    pretrained weights that a loss needs are absent
-    └── DivergenceError a loss that is no longer finite
+    ├── DivergenceError a loss that is no longer finite
+    └── RankError       another rank ended, or did not answer in time
 """
 
 
@@ -28,3 +29,7 @@ class WeightsError(TrainingError):
 
 class DivergenceError(TrainingError):
     """A non-finite loss; the message names the step and the term."""
+
+
+class RankError(TrainingError):
+    """Ranks that cannot go on together; the message says which one gave up, and why."""
