@@ -21,6 +21,7 @@ EXAMPLES = """\
   drorae train phase1 --config training/recipes/mini-phase1.yaml
   drorae train phase1 --config training/recipes/mini-phase1.yaml --resume
   drorae train phase2 --config my.yaml --set optimizer.learning_rate=1e-4 --output runs/try
+  torchrun --nproc-per-node 8 -m cli.main train phase2 --config my.yaml      on eight GPUs
   drorae train phase2 --config training/recipes/dinov2-b-phase2.yaml --dry-run --processes 8
 
 recipes (training/recipes; what each value is from stands beside it):
@@ -120,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
     for override in arguments.overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UsageError(f"--set {override}: expected KEY=VALUE")
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    level = "INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"  # one of torchrun's ranks reports
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         if arguments.dry_run:
             return _show_plan(arguments)

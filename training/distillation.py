@@ -21,8 +21,8 @@ from kernels.reference import token_norm
 from model.config import PRESETS, TokenizerConfig
 from model.tokenizer import Tokenizer
 from training.data import Batch, evaluation_batches, random_resized_crop, training_batches
-from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, STAGE_WIDTHS, EfficientNetLite0
 from training.distributed import Ranks, current
+from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, STAGE_WIDTHS, EfficientNetLite0
 from training.errors import RecipeError
 from training.optimization import (
     Ema,

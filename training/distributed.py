@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.errors import TrainingError
+from training.errors import RankError
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ def process_group(device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) ->
         timeout_s: after which a rank that waits for the others gives up, seconds.
 
     Raises:
-        TrainingError: the ranks cannot meet, or there is no GPU for this one.
+        RankError: the ranks cannot meet, there is no GPU for this one, or within the context another rank
+            ended or did not answer in time.
     """
     if not is_launched() or dist.is_initialized():
         yield current()
@@ -137,19 +138,33 @@ def process_group(device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) ->
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as exc:
-        raise TrainingError(f"the ranks could not meet within {timeout_s:g} s: {exc}") from exc
+        raise RankError(f"the ranks could not meet within {timeout_s:g} s: {exc}") from exc
+    ranks = current()
     try:
-        yield current()
+        yield ranks
+    except RuntimeError as exc:
+        if not _is_of_peers(exc):
+            raise
+        reason = str(exc).splitlines()[0]
+        raise RankError(
+            f"rank {ranks.rank} of {ranks.size} gave up: another rank ended or did not answer within "
+            f"{timeout_s:g} s, and has its own message where it failed ({reason})"
+        ) from exc
     finally:
         dist.destroy_process_group()
+
+
+def _is_of_peers(error: RuntimeError) -> bool:
+    """Whether communication failed; gloo raises bare errors that name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _claim_gpu(device: str) -> None:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cuda"):
-        raise TrainingError(f"field 'device': {device} names one GPU for all ranks; use cuda or auto")
+        raise RankError(f"field 'device': {device} names one GPU for all ranks; use cuda or auto")
     if index >= torch.cuda.device_count():
-        raise TrainingError(
+        raise RankError(
             f"rank {os.environ['RANK']} has no GPU: this machine has {torch.cuda.device_count()}; "
             "lower --nproc-per-node"
         )

@@ -7,7 +7,8 @@
     ├── DataError       no images, an unreadable folder or shard
     ├── CacheError      a cache of other weights or images, a damaged one, or no room for it
     ├── WeightsError    pretrained weights that a loss needs are absent
-    └── DivergenceError a loss that is no longer finite
+    ├── DivergenceError a loss that is no longer finite
+    └── RankError       another rank ended, or did not answer in time
 """
 
 
@@ -33,3 +34,7 @@ class WeightsError(TrainingError):
 
 class DivergenceError(TrainingError):
     """A non-finite loss; the message names the step and the term."""
+
+
+class RankError(TrainingError):
+    """Ranks that cannot go on together; the message says which one gave up, and why."""

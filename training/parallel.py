@@ -1,10 +1,12 @@
-"""How a task's modules are spread over ranks, and their state gathered so that no file shows how many there were.
+"""How a task's modules are spread over ranks, and their state gathered so that it shows no number of ranks.
 
-DDP keeps whole parameters on every rank; FSDP2 keeps a shard of each of the decoder's, and the rest whole. What
-a checkpoint stores is whole in both, under the names of the plain module.
+DDP keeps whole parameters on every rank; FSDP2 keeps a shard of each of the decoder's, and the rest whole.
+What a checkpoint stores is whole in both, under the names of the plain module.
 """
 
+import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,6 +26,10 @@ from training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
+# torch 2.13 renamed the option and warns of its old name.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+
 
 class Replicas:
     """A module that all ranks train on their share of a batch: its gradients are means over the ranks.
@@ -42,9 +48,11 @@ class Replicas:
             self.ddp = DistributedDataParallel(
                 module,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 find_unused_parameters=may_leave_unused,
+                **{_SYNC_BUFFERS: False},  # none of ours changes
             )
+            # Said of the class token, whose gradient's strides differ in a dimension of one element only.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs) if self.ddp is None else self.ddp(*inputs)
@@ -154,7 +162,9 @@ def load_whole_optimizer_state(
     packed = optimizer.state_dict()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed["state"] = {
-        index: {key: _moment(value, parameter, names[parameter]) for key, value in state[names[parameter]].items()}
+        index: {
+            key: _moment(value, parameter, names[parameter]) for key, value in state[names[parameter]].items()
+        }
         for index, parameter in enumerate(trained)
     }
     optimizer.load_state_dict(packed)

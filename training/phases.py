@@ -329,9 +329,8 @@ class ReconstructionTask(Task):
             if not any(is_sharded(p) for p in self.tokenizer.parameters()):
                 yield self.tokenizer
                 return
-            state = whole_state(self.tokenizer)
-        copied = Tokenizer(self.tokenizer.config).to(self.device)
-        copied.load_state_dict(state)
+            copied = Tokenizer(self.tokenizer.config).to(self.device)
+            copied.load_state_dict(whole_state(self.tokenizer))
         for part in (copied.encoder, copied.fusion, copied.decoder):
             if part is not None:
                 part.freeze()

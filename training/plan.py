@@ -355,7 +355,8 @@ def _footprint_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
         wide = cost.operations_per_image.float32 / cost.operations_per_image.total
         yield (
             f"rate       {plan.rate.bfloat16_tflops:,.4g} TFLOP/s in bfloat16, "
-            f"{plan.rate.float32_tflops:,.4g} in float32 ({plan.rate.source}); {wide:.0%} of the operations are float32"
+            f"{plan.rate.float32_tflops:,.4g} in float32 ({plan.rate.source}); "
+            f"{wide:.0%} of the operations are float32"
         )
         yield (
             f"time       {plan.timing.step_s:.3g} s a step with all losses, "

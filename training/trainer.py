@@ -185,6 +185,7 @@ class Trainer:
         if done % self.recipe.checkpoint_every_steps == 0 or done == self.recipe.num_steps or must_stop:
             self._save_state(done)
         if must_stop and done < self.recipe.num_steps:
+            self.ranks.barrier()  # a rank that ended makes the launcher end those that still write
             logger.warning("stopped after step %d, which is saved: go on with --resume", done)
             raise KeyboardInterrupt
         if done % self.recipe.evaluate_every_steps == 0 and done != self.recipe.num_steps:
