@@ -83,15 +83,15 @@ def open_or_build_cache(
         seed,
         _resolved(precision, tokenizer.device),
     )
-    manifest = read_manifest(spec.directory)
-    if manifest is None:
-        manifest = CacheManifest(key=key, images_per_shard=spec.images_per_shard)
-    check_manifest(spec.directory, manifest, key)
-    missing = [n for n in range(manifest.num_shards) if not is_whole_shard(spec.directory, manifest, n)]
+    # The main rank looks, and says what is missing: while the others look, it may already be filling.
+    manifest = CacheManifest(key=key, images_per_shard=spec.images_per_shard)
+    missing: list[int] = []
+    if ranks.is_main:
+        manifest, missing = _prepare(spec, manifest)
+    manifest, missing = ranks.broadcast_object((manifest, missing))
     if missing:
-        _prepare(spec, manifest, sum(len(shard_images(manifest, number)) for number in missing))
         crops = CropDataset(samples, data, tokenizer.config.image_size, seed, spec.crops_per_image)
-        _fill(tokenizer, spec, manifest, ranks.shard(missing), crops, precision)
+        _fill(tokenizer, spec, manifest, missing, crops, precision, ranks)
     ranks.barrier()
     return StateCache(spec.directory, manifest)
 
@@ -137,8 +137,14 @@ class CropDataset(Dataset[tuple[Tensor, bool]]):
         return to_tensor(fixed_crop(image, self.transform, self.seed, index, variant)), True
 
 
-def _prepare(spec: CacheSpec, manifest: CacheManifest, num_images: int) -> None:
-    """Make the folder and its manifest, if there is room for the images that are missing."""
+def _prepare(spec: CacheSpec, wanted: CacheManifest) -> tuple[CacheManifest, list[int]]:
+    """The folder's manifest, made where there is none, and the shards that are missing and have room."""
+    manifest = read_manifest(spec.directory) or wanted
+    check_manifest(spec.directory, manifest, wanted.key)
+    missing = [n for n in range(manifest.num_shards) if not is_whole_shard(spec.directory, manifest, n)]
+    if not missing:
+        return manifest, missing
+    num_images = sum(len(shard_images(manifest, number)) for number in missing)
     directory = spec.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -154,19 +160,25 @@ def _prepare(spec: CacheSpec, manifest: CacheManifest, num_images: int) -> None:
     if not (directory / MANIFEST_FILE).exists():
         text = manifest.model_dump_json(indent=2) + "\n"
         _replace(directory / MANIFEST_FILE, partial(Path.write_text, data=text, encoding="utf-8"))
+    return manifest, missing
 
 
 def _fill(
     tokenizer: Tokenizer,
     spec: CacheSpec,
     manifest: CacheManifest,
-    numbers: Sequence[int],
+    missing: Sequence[int],
     crops: CropDataset,
     precision: str,
+    ranks: Ranks,
 ) -> None:
+    """Fill this rank's share of the missing shards."""
+    numbers = ranks.shard(missing)
     total = sum(len(shard_images(manifest, number)) for number in numbers) * spec.crops_per_image
     logger.info("caching %d crops under %s", total, spec.directory)
-    with tqdm(total=total, desc=f"cache {spec.kind}", unit="crop", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc=f"cache {spec.kind}", unit="crop", dynamic_ncols=True, disable=not ranks.is_main
+    ) as bar:
         for number in numbers:
             tensors = _encode(tokenizer, spec, shard_images(manifest, number), crops, precision, bar)
             metadata = {"key": manifest.digest}

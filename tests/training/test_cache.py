@@ -14,6 +14,7 @@ import yaml
 
 from model.tokenizer import Tokenizer
 from tests.training.conftest import encode_png, make_image
+from tests.training.test_distributed import torchrun
 from training.cache import StateCache, read_manifest, shard_file
 from training.errors import CacheError, RecipeError
 from training.run import run_phase
@@ -249,3 +250,23 @@ def test_recipe_file_takes_the_section(recipe_file: Path, tmp_path: Path) -> Non
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None
     assert manifest.key.dtype == "float16"
+
+
+def test_two_ranks_fill_one_cache(recipe_file: Path, tmp_path: Path, with_cache: list[str]) -> None:
+    plain = ["train", "phase1", "--config", str(recipe_file), "--output", str(tmp_path / "two")]
+    overrides = [word for override in with_cache for word in ("--set", override)]
+    script = (
+        "import sys, training.cache\n"
+        "from cli.main import main\n"
+        "training.cache.SHARD_BYTES = 40_000\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "rank.py").write_text(script)
+    result = torchrun(str(tmp_path / "rank.py"), *plain, *overrides)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    assert len(list((tmp_path / "cache").glob("shard-*"))) == manifest.num_shards > 1
+    run_phase("phase1", recipe_file, FIXED, tmp_path / "one")
+    for cached, uncached in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert cached == pytest.approx(uncached, rel=1e-4, abs=1e-6)
