@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,9 +138,7 @@ def run(setup: Setup, arguments: argparse.Namespace) -> Iterator[list[TrainingRo
         for phase in arguments.implementations:
             for batch in setup.batches:
                 case = Case(phase, batch, weights[phase], weights, setup, arguments)
-                yield unless_out_of_memory(
-                    f"{phase}, batch {batch}", lambda case=case: case.rows(ceilings, wide)
-                )
+                yield unless_out_of_memory(f"{phase}, batch {batch}", partial(case.rows, ceilings, wide))
 
 
 class Case:

@@ -36,7 +36,8 @@ def write_weights(folder: Path, config: TokenizerConfig, seed: int) -> dict[str,
 
 def _vgg() -> dict[str, Tensor]:
     """As torchvision names them: convolutions, activations and pools numbered in one sequence."""
-    state, index = {}, 0
+    state: dict[str, Tensor] = {}
+    index = 0
     for number, stage in enumerate(Lpips(None, None).stages):
         index += number > 0
         for layer in stage.children():

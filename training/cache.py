@@ -216,7 +216,7 @@ def open_shard(directory: Path, manifest: CacheManifest, number: int) -> Any:
     key = manifest.key
     num_entries = len(shard_images(manifest, number)) * key.crops_per_image
     try:
-        shard = safe_open(file, framework="pt")
+        shard: Any = safe_open(file, framework="pt")
         digest = (shard.metadata() or {}).get("key")
         shape = shard.get_slice("states").get_shape()
     except (OSError, SafetensorError) as exc:
@@ -275,7 +275,7 @@ class StateCache:
 
 def checksum(states: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(states.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(states.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _listing_sha256(samples: Sequence[Sample]) -> str:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -192,7 +193,7 @@ def _encode(
     images: range,
     crops: CropDataset,
     precision: str,
-    bar: "tqdm[None]",
+    bar: "tqdm[Any]",
 ) -> dict[str, Tensor]:
     """One shard's tensors."""
     count = spec.crops_per_image

@@ -40,7 +40,7 @@ class StepTracker(TorchDispatchMode):
     """Counts operations, and follows the bytes of every tensor that they make, within the context."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.operations = Operations()

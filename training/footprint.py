@@ -35,8 +35,7 @@ from training.discriminator import (
 )
 from training.optimization import autocast
 from training.parallel import checkpoint_activations
-from training.perceptual import NAME as EFFICIENTNET_NAME
-from training.perceptual import EfficientNetDistance, Lpips, perceptual_name
+from training.perceptual import LPIPS_NAME, EfficientNetDistance, Lpips, perceptual_name
 from training.recipe import PhaseRecipe
 
 ADAM_MOMENTS = 2
@@ -149,8 +148,7 @@ def build_networks(config: TokenizerConfig, recipe: PhaseRecipe, trained: Collec
         encoder = Encoder(DINO_CONFIG if name == DINO_NAME else config.encoder)
         backbone = FeatureBackbone(name, tokenizer.encoder if shares_encoder else encoder)
         discriminator = Discriminator(backbone, recipe.discriminator.augment_probability)
-        is_lpips = perceptual_name(recipe.loss) != EFFICIENTNET_NAME
-        perceptual = Lpips(None, None) if is_lpips else None
+        perceptual = Lpips(None, None) if perceptual_name(recipe.loss) == LPIPS_NAME else None
     for part in ("encoder", "fusion", "decoder"):
         module = getattr(tokenizer, part)
         if module is not None:

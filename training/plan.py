@@ -330,7 +330,7 @@ def _image_line(check: ImageCheck) -> str:
 def _footprint_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
     cost = footprint.adversarial or footprint.plain
     header = ("part", "parameters", "trained", "weights", "gradients", "AdamW", "average", "activations")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     stages = {"perceptual": "losses", "discriminator": "adversarial"}
     for part in footprint.parts:
         activations = cost.activation_bytes.get(stages.get(part.name, part.name), 0)

@@ -15,15 +15,13 @@ from training.recipe import DiscriminatorConfig, LossConfig
 MINI = ("--device", "cpu", "--preset", "mini", "--batch", "1", "--repeats", "1", "--networks", "light")
 
 
-def test_every_phase_before_and_after_the_adversarial_loss(run: Any) -> None:
+def test_a_phase_before_and_after_the_adversarial_loss(run: Any) -> None:
     precision = torch.get_float32_matmul_precision()
     try:
-        rows = run(training.main, *MINI)
+        rows = run(training.main, *MINI, "--implementations", "phase2")
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert [(row["phase"], row["losses"]) for row in rows] == [
-        (phase, losses) for phase in ("phase1", "phase2", "phase3") for losses in ("plain", "adversarial")
-    ]
+    assert [(row["phase"], row["losses"]) for row in rows] == [("phase2", "plain"), ("phase2", "adversarial")]
     for row in rows:
         assert float(row["images_per_s"]) == pytest.approx(1e3 / float(row["p50_ms"]), rel=1e-4)
         gflop = float(row["gflop_bfloat16"]) + float(row["gflop_float32"])

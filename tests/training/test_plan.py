@@ -8,12 +8,30 @@ from pathlib import Path
 
 import pytest
 
+import training.plan
 from tests.training.conftest import TINY, encode_png, make_image
+from training.footprint import Footprint
 from training.plan import Plan, PlanOptions, plan_phase, render_plan
 from training.run import run_phase
 
 MakePlan = Callable[..., Plan]
+FOOTPRINTS: dict[tuple[object, ...], Footprint] = {}
 STATED = PlanOptions(matrix_tflops={"bfloat16": 2.0, "float32": 1.0}, matrix_share=0.5)
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that plan the same step share its footprint."""
+    measure = training.plan._footprint
+
+    def remembered(phase, recipe, config, micro_batch, num_processes):
+        loss, discriminator = recipe.loss, recipe.discriminator
+        key = (phase, recipe.cache is None, loss, discriminator.backbone, config, micro_batch, num_processes)
+        if key not in FOOTPRINTS:
+            FOOTPRINTS[key] = measure(phase, recipe, config, micro_batch, num_processes)
+        return FOOTPRINTS[key]
+
+    monkeypatch.setattr(training.plan, "_footprint", remembered)
 
 
 @pytest.fixture
