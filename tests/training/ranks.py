@@ -22,13 +22,13 @@ from training.errors import DataError
 from training.phases import ReconstructionTask
 
 
-class Cut(Exception):
+class CutError(Exception):
     """A run that ends without a word."""
 
 
 def strike(fault: str, step: int, rank: int) -> None:
     if fault == "cut" and step == 4:
-        raise Cut
+        raise CutError
     if rank == 1 and step == 3:
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +50,7 @@ def run_job(job: dict[str, Any]) -> int:
     try:
         paths = ["--config", job["recipe"], "--output", job["output"]]
         return main(["--debug", "train", job["phase"], *paths, *overrides, *resume])
-    except Cut:
+    except CutError:
         return 0
     finally:
         for kind, step_once in steps.items():
