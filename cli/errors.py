@@ -60,8 +60,9 @@ def _describe_lazily_imported(error: BaseException) -> tuple[int, str] | None:
         if isinstance(error, ServiceError):
             return (EXIT_USAGE if error.status < 500 or error.status == 503 else EXIT_FAILED), error.detail
     if root == "training":
-        from training.errors import DivergenceError, TrainingError
+        from training.errors import DivergenceError, RankError, TrainingError
 
         if isinstance(error, TrainingError):
-            return (EXIT_FAILED if isinstance(error, DivergenceError) else EXIT_USAGE), str(error)
+            has_failed = isinstance(error, DivergenceError | RankError)
+            return (EXIT_FAILED if has_failed else EXIT_USAGE), str(error)
     return None

@@ -69,3 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _unexpected(error: BaseException) -> str:
     logger.debug("unexpected error", exc_info=error)
     return f"unexpected {type(error).__name__}: {error} (drorae --debug shows where)"
+
+
+if __name__ == "__main__":  # for launchers such as torchrun: -m cli.main
+    sys.exit(main())

@@ -15,7 +15,7 @@ ALLOWED = {
     "service": {"service", "model", "kernels"},
     "training": {"training", "model", "kernels"},
     "cli": {"cli", "service", "training", "model", "kernels"},
-    "benchmarks": {"benchmarks", "service", "model", "kernels"},
+    "benchmarks": {"benchmarks", "service", "training", "model", "kernels"},
     "deploy": {"deploy"},
 }
 # Who may speak HTTP: the service, its command line, and what measures or deploys it.

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.pictures import DECODER_ERRORS, fit_picture, fitted_size, to_srgb, upright
+from training.distributed import Ranks
 from training.errors import DataError
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
@@ -24,6 +26,15 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 64 * 2**20
 Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
+Item = tuple[Tensor, int, int, Tensor | None]  # image, label, number of broken ones before it, states
+CROP = 7  # beside order (0), augmentation (1) and the purposes of `training.randomness`
+
+
+class StoredStates(Protocol):
+    """What the frozen parts give for each crop, from a cache (`training.cache`)."""
+
+    def read(self, index: int, variant: int) -> Tensor:
+        """[L, N, C] of one crop of one listed image."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +45,13 @@ class Batch:
         images: [B, 3, S, S] uint8.
         labels: [B] int64, -1 where the source names no class.
         num_broken: samples that could not be decoded and were replaced by their successor.
+        states: [B, L, N, C] of these very crops, where there is a cache.
     """
 
     images: Tensor
     labels: Tensor
     num_broken: int
+    states: Tensor | None = None
 
     def pixels(self, device: torch.device) -> Tensor:
         """Images as float32 [B, 3, S, S] in [0, 1] on ``device``."""
@@ -109,49 +122,88 @@ def _random_flip(image: Image.Image, rng: np.random.Generator, enabled: bool) ->
     return ImageOps.mirror(image) if enabled and rng.random() < 0.5 else image
 
 
-class PositionedDataset(Dataset[tuple[Tensor, int, int]]):
+def fixed_crop(image: Image.Image, transform: Transform, seed: int, index: int, variant: int) -> Image.Image:
+    """Crop number ``variant`` of the listed image ``index``: the same in every epoch."""
+    return transform(image, np.random.default_rng((seed, CROP, index, variant)))
+
+
+class PositionedDataset(Dataset[Item]):
     """Maps a position in the endless training stream to a sample.
 
     Epoch e visits the samples in a permutation drawn from (seed, e); augmentation is drawn from
-    (seed, position). Nothing depends on what was read before.
+    (seed, position), or, of a fixed number of crops of each image, epoch e takes number e modulo that.
+    Nothing depends on what was read before.
     """
 
-    def __init__(self, samples: Sequence[Sample], transform: Transform, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Transform,
+        seed: int,
+        crops_per_image: int | None = None,
+        stored: StoredStates | None = None,
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.crops_per_image = crops_per_image
+        self.stored = stored
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, position: int) -> Item:
         epoch, offset = divmod(position, len(self.samples))
         if epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
             self._epoch = epoch
-        rng = np.random.default_rng((self.seed, 1, position))
         for num_broken in range(len(self.samples)):
-            sample = self.samples[self._order[(offset + num_broken) % len(self.samples)]]
+            index = int(self._order[(offset + num_broken) % len(self.samples)])
+            sample = self.samples[index]
             try:
                 image = decode_image(sample.read())
             except (DataError, OSError) as exc:
                 logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
                 continue
             label = -1 if sample.label is None else sample.label
-            return to_tensor(self.transform(image, rng)), label, num_broken
+            if self.crops_per_image is None:
+                crop = self.transform(image, np.random.default_rng((self.seed, 1, position)))
+                return to_tensor(crop), label, num_broken, None
+            variant = epoch % self.crops_per_image
+            crop = fixed_crop(image, self.transform, self.seed, index, variant)
+            states = None if self.stored is None else self.stored.read(index, variant)
+            return to_tensor(crop), label, num_broken, states
         raise DataError(f"none of the {len(self.samples)} listed images could be decoded")
 
 
 class PositionSampler(Sampler[int]):
-    """Yields consecutive positions of the endless stream, from ``start``."""
+    """Yields the endless stream's positions from ``start``: of each global batch, this rank's share.
 
-    def __init__(self, start: int) -> None:
+    A share is a run of consecutive positions, so that the ranks' batches laid end to end are the batch
+    that one process would see.
+    """
+
+    def __init__(self, start: int, batch_size: int, ranks: Ranks) -> None:
         self.start = start
+        self.batch_size = batch_size
+        self.share = share_of_batch(batch_size, ranks)
 
     def __iter__(self) -> Iterator[int]:
-        position = self.start
+        first = self.start
         while True:
-            yield position
-            position += 1
+            yield from (first + index for index in self.share)
+            first += self.batch_size
+
+
+def share_of_batch(batch_size: int, ranks: Ranks) -> range:
+    """Which samples of a global batch are this rank's.
+
+    Raises:
+        ValueError: the batch cannot be shared equally, which means over samples rely on.
+    """
+    size, rest = divmod(batch_size, ranks.size)
+    if rest:
+        raise ValueError(f"a batch of {batch_size} images does not divide among {ranks.size} ranks")
+    return range(ranks.rank * size, (ranks.rank + 1) * size)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -160,9 +212,24 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def training_batches(
-    config: DataConfig, transform: Transform, batch_size: int, seed: int, start_batch: int
+    config: DataConfig,
+    transform: Transform,
+    batch_size: int,
+    seed: int,
+    start_batch: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    stored: StoredStates | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches from batch number ``start_batch`` on.
+    """Endless batches from batch number ``start_batch`` on: this rank's share of each.
+
+    Args:
+        config: folders or shards, and how many processes decode them.
+        transform: crop and flip.
+        batch_size: images of a batch, over all ranks.
+        seed: of order and augmentation.
+        start_batch: the first batch's number.
+        ranks: by default this process sees whole batches.
+        stored: what the batches' states are read from; needs ``config.crops_per_image``.
 
     Raises:
         DataError: a path is missing, or no image can be decoded.
@@ -170,9 +237,9 @@ def training_batches(
     samples = list_samples(config.train)
     logger.info("training on %d images", len(samples))
     loader = DataLoader(
-        PositionedDataset(samples, transform, seed),
-        batch_size=batch_size,
-        sampler=PositionSampler(start_batch * batch_size),
+        PositionedDataset(samples, transform, seed, config.crops_per_image, stored),
+        batch_size=batch_size // ranks.size,
+        sampler=PositionSampler(start_batch * batch_size, batch_size, ranks),
         num_workers=config.num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
@@ -195,12 +262,15 @@ def evaluation_batches(
                 logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
                 continue
             kept.append(sample)
-            items.append((to_tensor(image), -1 if sample.label is None else sample.label, 0))
+            items.append((to_tensor(image), -1 if sample.label is None else sample.label, 0, None))
         if items:
             batch = _collate(items)
             yield kept, Batch(batch.images, batch.labels, len(chunk) - len(kept))
 
 
-def _collate(items: Sequence[tuple[Tensor, int, int]]) -> Batch:
-    images, labels, num_broken = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), sum(num_broken))
+def _collate(items: Sequence[Item]) -> Batch:
+    images, labels, num_broken, states = zip(*items, strict=True)
+    stored = [state for state in states if state is not None]
+    return Batch(
+        torch.stack(images), torch.tensor(labels), sum(num_broken), torch.stack(stored) if stored else None
+    )

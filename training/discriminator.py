@@ -4,6 +4,7 @@ Shape legend: B batch, C backbone width, N patch tokens.
 """
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from model.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig
 from model.encoder import Encoder
 from model.vit import Freezable
+from training.distributed import Ranks
 from training.errors import WeightsError
 from training.perceptual import read_weights
 from training.recipe import DiscriminatorConfig
@@ -22,6 +24,7 @@ DINO_CONFIG = EncoderConfig(width=384, num_heads=6, patch_size=8, num_registers=
 # The embedded input (0) and the blocks 2, 5, 8 and 11 counted from 0, as RAE taps them.
 TAPS = (0, 3, 6, 9, 12)
 TRANSLATION = 0.125
+NUM_DRAWS = 7  # uniform numbers that augmenting one sample takes
 
 
 class FeatureBackbone(Freezable):
@@ -67,17 +70,34 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Heads over a frozen backbone. The backbone has no gradients of its own, its input does."""
+    """Heads over a frozen backbone. The backbone has no gradients of its own, its input does.
+
+    The heads stay in eval mode, where spectral norm only uses its vectors: they are moved by `iterate_norms`
+    alone, so that their number of steps does not depend on how a batch is split.
+    """
 
     def __init__(self, backbone: FeatureBackbone, augment_probability: float) -> None:
         super().__init__()
         self.backbone = backbone
         self.augment_probability = augment_probability
         self.heads = nn.ModuleList(Head(backbone.encoder.config.width) for _ in backbone.taps)
+        self.eval()
 
-    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits [B, heads * N] of images [B, 3, H, W] in [0, 1], augmented first."""
-        features = self.backbone(diff_augment(images, self.augment_probability, generator))
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    @torch.no_grad()
+    def iterate_norms(self) -> None:
+        """One power iteration of every spectral norm; once before the losses of a step that use them."""
+        for head in self.heads:
+            for convolution in head.children():
+                convolution.train()
+                assert isinstance(convolution.weight, Tensor)  # reading it in training mode iterates
+                convolution.eval()
+
+    def forward(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Logits [B, heads * N] of images [B, 3, H, W] in [0, 1], augmented first by draws [B, 7]."""
+        features = self.backbone(diff_augment(images, self.augment_probability, draws))
         return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)
 
 
@@ -91,42 +111,50 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Tensor:
     """alpha: ratio of the two terms' gradient norms at the decoder's last layer, in [0, 1e4] (VQGAN).
+
+    The norms are of the gradients' means over ranks, those of the whole batch: a mean of norms would not be.
 
     Args:
         reconstruction, adversarial: scalar losses of one graph.
         last_layer: the weight that both reach.
+        ranks: those that the batch is shared among.
     """
     (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    if ranks.size > 1:
+        wanted, given = ranks.all_reduce_mean(torch.stack([wanted, given]))
     return (wanted.norm() / (given.norm() + 1e-6)).clamp(0, 1e4).detach()
 
 
-def diff_augment(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def diff_augment(images: Tensor, probability: float, draws: Tensor) -> Tensor:
     """DiffAug (Zhao et al. 2020): brightness, saturation, contrast, translation; differentiable.
 
     Args:
         images: [B, 3, H, W].
         probability: chance of each of colour and translation, a sample.
+        draws: [B, 7] uniform numbers in [0, 1), which decide everything.
     """
     if probability == 0:
         return images
-
-    def uniform() -> Tensor:
-        draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
-        return draw.to(images.device)
-
-    brightness, saturation, contrast = uniform() - 0.5, uniform() * 2, uniform() + 0.5
+    columns = draws.to(images.device)[:, :, None, None, None].unbind(dim=1)  # seven of [B, 1, 1, 1]
+    is_colored, is_moved = columns[3] < probability, columns[6] < probability
+    brightness, saturation, contrast = columns[0] - 0.5, columns[1] * 2, columns[2] + 0.5
     colored = images + brightness
     grey = colored.mean(dim=1, keepdim=True)
     colored = (colored - grey) * saturation + grey
     mean = colored.mean(dim=(1, 2, 3), keepdim=True)
     colored = (colored - mean) * contrast + mean
-    images = torch.where(uniform() < probability, colored, images)
-    shifts = torch.cat([uniform(), uniform()], dim=1).flatten(1) * 2 - 1
+    images = torch.where(is_colored, colored, images)
+    shifts = torch.cat(columns[4:6], dim=1).flatten(1) * 2 - 1
     moved = _translate(images, shifts * TRANSLATION)
-    return torch.where(uniform() < probability, moved, images)
+    return torch.where(is_moved, moved, images)
 
 
 def make_backbone(config: DiscriminatorConfig, encoder: Encoder) -> FeatureBackbone:
@@ -135,7 +163,7 @@ def make_backbone(config: DiscriminatorConfig, encoder: Encoder) -> FeatureBackb
     Raises:
         WeightsError: ``dino-vits8`` is asked for without readable weights.
     """
-    if config.backbone == "encoder" or (config.backbone == "auto" and config.dino_weights is None):
+    if backbone_name(config) == "encoder":
         return FeatureBackbone("encoder", encoder)
     if config.dino_weights is None:
         raise WeightsError(
@@ -149,6 +177,13 @@ def make_backbone(config: DiscriminatorConfig, encoder: Encoder) -> FeatureBackb
             raise WeightsError(f"{config.dino_weights}: no DINO ViT-S/8: {name} is missing or mis-shaped")
     dino.load_state_dict(state)
     return FeatureBackbone(DINO_NAME, dino)
+
+
+def backbone_name(config: DiscriminatorConfig) -> str:
+    """The backbone that a recipe gets: ``auto`` is DINO where its weights are given."""
+    if config.backbone == "auto":
+        return "encoder" if config.dino_weights is None else DINO_NAME
+    return config.backbone
 
 
 def dino_encoder_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from kernels.reference import token_norm
 from model.config import PRESETS, TokenizerConfig
 from model.tokenizer import Tokenizer
 from training.data import Batch, evaluation_batches, random_resized_crop, training_batches
+from training.distributed import Ranks, current
 from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, STAGE_WIDTHS, EfficientNetLite0
 from training.errors import RecipeError
 from training.optimization import (
@@ -31,6 +32,13 @@ from training.optimization import (
     make_optimizer,
     resolve_device,
     set_learning_rate,
+)
+from training.parallel import (
+    Replicas,
+    checkpoint_activations,
+    compile_forward,
+    load_whole_optimizer_state,
+    whole_optimizer_state,
 )
 from training.recipe import DistillationRecipe
 from training.sources import list_samples
@@ -70,6 +78,8 @@ class DistillationTask(Task):
     """Trains the encoder of a preset against EfficientNet-Lite0."""
 
     def __init__(self, recipe: DistillationRecipe) -> None:
+        self.ranks = current()
+        _check_recipe(recipe, self.ranks.size)
         self.recipe: DistillationRecipe = recipe
         self.device = resolve_device(recipe.device)
         torch.manual_seed(recipe.seed)
@@ -77,6 +87,12 @@ class DistillationTask(Task):
         self.tokenizer.decoder.freeze()
         self.student = Student(self.tokenizer).to(self.device)
         self.teacher = EfficientNetLite0().to(self.device)
+        for block in self.student.encoder.blocks:
+            if recipe.compile:
+                compile_forward(block)
+            if recipe.activation_checkpointing:
+                checkpoint_activations(block)
+        self.model = Replicas(self.student, self.ranks)
         self.optimizer = make_optimizer(self.student, recipe.optimizer)
         self.ema = Ema(self.student, recipe.ema_decay)
         self.networks = {"teacher": NAME}
@@ -86,11 +102,15 @@ class DistillationTask(Task):
         first_final = recipe.num_steps - recipe.final_steps
         transform = random_resized_crop(recipe.data, recipe.teacher_image_size)
         if start_step < first_final:
-            stream = training_batches(recipe.data, transform, recipe.batch_size, recipe.seed, start_step)
+            stream = training_batches(
+                recipe.data, transform, recipe.batch_size, recipe.seed, start_step, self.ranks
+            )
             yield from ([batch] for batch in islice(stream, first_final - start_step))
         transform = random_resized_crop(recipe.data, max(recipe.final_image_size, recipe.teacher_image_size))
         start = max(0, start_step - first_final)
-        stream = training_batches(recipe.data, transform, recipe.final_batch_size, recipe.seed + 1, start)
+        stream = training_batches(
+            recipe.data, transform, recipe.final_batch_size, recipe.seed + 1, start, self.ranks
+        )
         yield from ([batch] for batch in stream)
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
@@ -101,14 +121,17 @@ class DistillationTask(Task):
         (batch,) = micro_batches
         images = batch.pixels(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(images, recipe.final_image_size if is_final else recipe.image_size)
+        losses = self._losses(
+            images, recipe.final_image_size if is_final else recipe.image_size, self.model, self.ranks
+        )
         total = recipe.logits * losses["logits"] + recipe.dense * losses["dense"]
         total.backward()
         norm = clip_gradients(self.student, recipe.optimizer.clip_norm)
         self.optimizer.step()
         self.ema.update(step)
         figures = {name: loss.item() for name, loss in losses.items()}
-        return {**figures, "gradient_norm": norm, "learning_rate": learning_rate}
+        figures |= {"gradient_norm": norm, "learning_rate": learning_rate}
+        return self.ranks.mean_figures(figures)
 
     @torch.no_grad()
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
@@ -119,7 +142,7 @@ class DistillationTask(Task):
         with self.ema.applied():
             samples = list_samples(recipe.data.validation)[:VALIDATION_LIMIT]
             for _, batch in evaluation_batches(samples, recipe.teacher_image_size, 32):
-                figures = self._losses(batch.pixels(self.device), recipe.image_size)
+                figures = self._losses(batch.pixels(self.device), recipe.image_size, self.student, Ranks())
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)
                 num_images += len(batch.images)
@@ -129,22 +152,27 @@ class DistillationTask(Task):
         """Nothing is frozen but the teacher, which is not exported."""
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
+        if not self.ranks.is_main:
+            return
         with self.ema.applied():
             self.tokenizer.save(path, getattr(torch, self.recipe.storage_dtype), provenance)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.shadow,
+            "optimizer": whole_optimizer_state(self.optimizer, self.student),
+            "ema": self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole_optimizer_state(self.optimizer, self.student, state["optimizer"])
         self.ema.load(state["ema"])
 
-    def _losses(self, images: Tensor, student_size: int) -> dict[str, Tensor]:
+    def _losses(
+        self, images: Tensor, student_size: int, student: Student | Replicas, ranks: Ranks
+    ) -> dict[str, Tensor]:
+        """The two terms on images that ``ranks`` share."""
         recipe = self.recipe
         with torch.no_grad():
             stages = self.teacher.stages(_resize(images, recipe.teacher_image_size))
@@ -152,21 +180,31 @@ class DistillationTask(Task):
         decoder = self.tokenizer.decoder
         pixels = (_resize(images, student_size) - decoder.pixel_mean) / decoder.pixel_std
         with autocast(self.device, recipe.precision):
-            logits, maps = self.student(pixels)
+            logits, maps = student(pixels)
         targets = [stages[2], stages[3], head_map]
-        hints = [_hint_distance(m.float(), target) for m, target in zip(maps, targets, strict=True)]
+        hints = [_hint_distance(m.float(), target, ranks) for m, target in zip(maps, targets, strict=True)]
         return {
             "logits": F.cross_entropy(logits.float(), target_logits.softmax(dim=-1)),
             "dense": torch.stack(hints).mean(),
         }
 
 
-def _hint_distance(features: Tensor, target: Tensor) -> Tensor:
-    """Cosine distance to the target less its batch mean, at the coarser of the two resolutions."""
-    target = target - target.mean(dim=(0, 2, 3), keepdim=True)
+def _hint_distance(features: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
+    """Cosine distance to the target less its global batch's mean, at the coarser of the two resolutions."""
+    target = target - ranks.all_reduce_mean(target.mean(dim=(0, 2, 3), keepdim=True))
     grid = min(features.shape[-1], target.shape[-1])
     features, target = (F.adaptive_avg_pool2d(m, grid) for m in (features, target))
     return 1 - F.cosine_similarity(features, target, dim=1).mean()
+
+
+def _check_recipe(recipe: DistillationRecipe, num_ranks: int) -> None:
+    if recipe.distributed.strategy == "fsdp":
+        raise RecipeError("field 'distributed.strategy': fsdp shards decoders; phase 0 trains none, use ddp")
+    for field in ("batch_size", "final_batch_size"):
+        if getattr(recipe, field) % num_ranks:
+            raise RecipeError(
+                f"field {field!r}: {getattr(recipe, field)} does not divide among {num_ranks} ranks"
+            )
 
 
 def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:

@@ -5,8 +5,10 @@
     TrainingError
     ├── RecipeError     a recipe file that cannot be read or asks for the impossible
     ├── DataError       no images, an unreadable folder or shard
+    ├── CacheError      a cache of other weights or images, a damaged one, or no room for it
     ├── WeightsError    pretrained weights that a loss needs are absent
-    └── DivergenceError a loss that is no longer finite
+    ├── DivergenceError a loss that is no longer finite
+    └── RankError       another rank ended, or did not answer in time
 """
 
 
@@ -22,9 +24,17 @@ class DataError(TrainingError, ValueError):
     """Images that cannot be used; the message names the folder, shard or member."""
 
 
+class CacheError(TrainingError):
+    """A cache of latents that cannot be used or made; the message names its folder or file."""
+
+
 class WeightsError(TrainingError):
     """Pretrained weights that are not there; the message names them and the alternative."""
 
 
 class DivergenceError(TrainingError):
     """A non-finite loss; the message names the step and the term."""
+
+
+class RankError(TrainingError):
+    """Ranks that cannot go on together; the message says which one gave up, and why."""

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from training.parallel import is_sharded, like, local, whole
 from training.recipe import OptimizerConfig
 
 
@@ -14,7 +16,7 @@ class Ema:
     """Exponential moving average of a module's trained parameters.
 
     The decay is warmed up as ``min(decay, (1 + t) / (10 + t))``, so that a short run does not
-    average over its initial weights.
+    average over its initial weights. Of a sharded parameter each rank averages its shard.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -27,7 +29,7 @@ class Ema:
         """Move the average towards the parameters after optimizer step ``step`` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self.parameters.items():
-            self.shadow[name].lerp_(parameter.detach(), 1 - decay)
+            local(self.shadow[name]).lerp_(local(parameter), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -42,21 +44,31 @@ class Ema:
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, whole, on every rank."""
+        return {name: whole(value) for name, value in self.shadow.items()}
 
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Restore averages written by a checkpoint."""
+        """Restore averages that `state_dict` gave, on any number of ranks."""
         for name, value in self.shadow.items():
-            value.copy_(shadow[name])
+            local(value).copy_(local(like(shadow[name], value)))
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters; weight decay spares vectors (norms, biases, gains)."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    # Sharded parameters have groups of their own: the fused update takes them or whole ones at a time.
+    for share in (
+        [p for p in trained if not is_sharded(p)],
+        [p for p in trained if is_sharded(p)],
+    ):
+        if share:
+            matrices, vectors = [p for p in share if p.ndim > 1], [p for p in share if p.ndim <= 1]
+            groups.append({"params": matrices, "weight_decay": config.weight_decay})
+            groups.append({"params": vectors, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
@@ -76,10 +88,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def clip_gradients(module: nn.Module, clip_norm: float | None) -> float:
-    """Gradient norm before clipping; clips where a limit is given."""
+    """Gradient norm before clipping, over all shards; clips where a limit is given."""
     limit = math.inf if clip_norm is None else clip_norm
     trained = [p for p in module.parameters() if p.requires_grad]
-    return float(torch.nn.utils.clip_grad_norm_(trained, limit))
+    sharded = [p for p in trained if is_sharded(p)]
+    if not sharded:
+        return float(nn.utils.clip_grad_norm_(trained, limit))
+    whole_ones = [p for p in trained if not is_sharded(p)]
+    norms = [
+        whole(nn.utils.get_total_norm([p.grad for p in share if p.grad is not None]))
+        for share in (whole_ones, sharded)
+    ]
+    norm = torch.stack(norms).norm()
+    for share in (whole_ones, sharded):
+        nn.utils.clip_grads_with_norm_(share, limit, norm)
+    return float(norm)
 
 
 def resolve_device(name: str) -> torch.device:

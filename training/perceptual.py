@@ -52,7 +52,8 @@ class Lpips(Freezable):
 
     name = LPIPS_NAME
 
-    def __init__(self, vgg_weights: Path, lpips_weights: Path) -> None:
+    def __init__(self, vgg_weights: Path | None, lpips_weights: Path | None) -> None:
+        """Without a file its weights are random, which is only good for counting (`training.footprint`)."""
         super().__init__()
         self.shift: Tensor
         self.scale: Tensor
@@ -61,8 +62,10 @@ class Lpips(Freezable):
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
         self.register_buffer("shift", torch.tensor(LPIPS_SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(LPIPS_SCALE).view(1, 3, 1, 1))
-        self._load_vgg(read_weights(vgg_weights), vgg_weights)
-        self._load_heads(read_weights(lpips_weights), lpips_weights)
+        if vgg_weights is not None:
+            self._load_vgg(read_weights(vgg_weights), vgg_weights)
+        if lpips_weights is not None:
+            self._load_heads(read_weights(lpips_weights), lpips_weights)
         self.freeze()
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
@@ -130,10 +133,7 @@ def make_perceptual(config: LossConfig) -> CroppedDistance:
         WeightsError: the named network's weights are absent; says where they were looked for.
     """
     vgg, lpips = _find_vgg(config), _find_lpips(config)
-    network: str = config.perceptual_network
-    if network == "auto":
-        network = LPIPS_NAME if vgg and lpips else NAME
-    if network == NAME:
+    if perceptual_name(config) == NAME:
         return CroppedDistance(EfficientNetDistance(), config.perceptual_crop)
     if vgg is None:
         raise WeightsError(
@@ -146,6 +146,13 @@ def make_perceptual(config: LossConfig) -> CroppedDistance:
             "set loss.lpips_weights to lpips/weights/v0.1/vgg.pth, or install the lpips package"
         )
     return CroppedDistance(Lpips(vgg, lpips), config.perceptual_crop)
+
+
+def perceptual_name(config: LossConfig) -> str:
+    """The network that a recipe gets: ``auto`` is LPIPS where both its files are found."""
+    if config.perceptual_network != "auto":
+        return config.perceptual_network
+    return LPIPS_NAME if _find_vgg(config) and _find_lpips(config) else NAME
 
 
 def _find_vgg(config: LossConfig) -> Path | None:
@@ -180,6 +187,8 @@ def _unit(features: Tensor) -> Tensor:
 def read_weights(file: Path) -> Mapping[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as exc:
+        raise WeightsError(f"{file}: no such file") from exc
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
         raise WeightsError(f"{file}: not a readable state dict") from exc
     if not isinstance(weights, Mapping):

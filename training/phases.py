@@ -9,25 +9,29 @@ Shape legend: B batch, N tokens, C latent width, S image side.
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from model.config import PRESETS, TokenizerConfig
 from model.tokenizer import Tokenizer
-from training.data import Batch, random_crop, training_batches
+from training.cache import KINDS, StateCache, cache_spec
+from training.cache_build import open_or_build_cache, tokens_from_states
+from training.data import Batch, random_crop, share_of_batch, training_batches
 from training.discriminator import (
+    NUM_DRAWS,
     Discriminator,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
     make_backbone,
 )
-from training.errors import RecipeError, TrainingError
+from training.distributed import current, is_launched
+from training.errors import TrainingError
 from training.evaluate import evaluate_tokenizer
 from training.initialization import initialize_decoder
 from training.optimization import (
@@ -40,9 +44,23 @@ from training.optimization import (
     set_learning_rate,
     step_generator,
 )
+from training.parallel import (
+    Replicas,
+    checkpoint_activations,
+    compile_forward,
+    is_sharded,
+    load_whole_optimizer_state,
+    load_whole_state,
+    shard_decoder,
+    whole,
+    whole_optimizer_state,
+    whole_state,
+)
 from training.perceptual import make_perceptual
 from training.pictures import reconstruction_grid, save_image
+from training.randomness import Purpose, StepRandomness
 from training.recipe import PhaseRecipe
+from training.starting import check_recipe, make_tokenizer, with_networks
 from training.statistics import latent_statistics
 from training.trainer import Task
 
@@ -57,16 +75,39 @@ TRAINED_PARTS = {
 GRID_IMAGES = 8
 
 
+class Reconstructor(nn.Module):
+    """The tokenizer as it is trained: images to reconstructions, through latents with noise."""
+
+    def __init__(self, tokenizer: Tokenizer, phase: str) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.cached_kind = KINDS[phase]
+
+    def forward(self, images: Tensor, noise: Tensor | None, states: Tensor | None = None) -> Tensor:
+        """Unclamped reconstructions of images [B, 3, S, S] in [0, 1]; noise [B, N, C] is added to latents.
+
+        Cached ``states`` [B, L, N, C] of the images stand in for the frozen parts.
+        """
+        if states is None:
+            tokens = self.tokenizer.tokens(images)
+        else:
+            tokens = tokens_from_states(self.tokenizer, self.cached_kind, states)
+        if noise is not None:
+            tokens = tokens + noise.to(tokens)
+        return self.tokenizer.decoder(tokens).float()
+
+
 class ReconstructionTask(Task):
     """Trains parts of a tokenizer to reconstruct: L1, perceptual and adversarial loss."""
 
     def __init__(self, phase: str, recipe: PhaseRecipe) -> None:
         self.phase = phase
+        self.ranks = current()
         self.recipe: PhaseRecipe = recipe
         self.device = resolve_device(recipe.device)
-        _check_recipe(phase, recipe)
+        check_recipe(phase, recipe, self.ranks.size)
         torch.manual_seed(recipe.seed)
-        self.tokenizer = _make_tokenizer(phase, recipe).to(self.device)
+        self.tokenizer = make_tokenizer(phase, recipe).to(self.device)
         if recipe.decoder_init == "ridge":
             generator = step_generator(recipe.seed, -1, torch.device("cpu"))
             initialize_decoder(self.tokenizer, recipe.data.train, recipe.noise_tau, generator)
@@ -74,6 +115,11 @@ class ReconstructionTask(Task):
         self._freeze()
         self.perceptual = make_perceptual(recipe.loss).to(self.device)
         self.discriminator = self._make_discriminator()
+        self.frozen_digests = self._digests()
+        self._prepare_modules()
+        self.model = Replicas(
+            Reconstructor(self.tokenizer, phase).train(), self.ranks, may_leave_unused=recipe.train_encoder
+        )
         self.optimizer = make_optimizer(self.tokenizer, recipe.optimizer)
         self.discriminator_optimizer = torch.optim.AdamW(
             self.discriminator.heads.parameters(),
@@ -86,8 +132,7 @@ class ReconstructionTask(Task):
             "perceptual": self.perceptual.name,
             "discriminator": self.discriminator.backbone.name,
         }
-        self.recipe = _with_networks(recipe, self.networks)
-        self.frozen_digests = self._digests()
+        self.recipe = with_networks(recipe, self.networks)
         logger.info("%s trains %s; networks: %s", phase, ", ".join(sorted(self.trained_parts)), self.networks)
 
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
@@ -95,55 +140,76 @@ class ReconstructionTask(Task):
         transform = random_crop(recipe.data, self.tokenizer.config.image_size)
         per_step = recipe.accumulation_steps
         stream = training_batches(
-            recipe.data, transform, recipe.batch_size // per_step, recipe.seed, start_step * per_step
+            recipe.data,
+            transform,
+            recipe.batch_size // per_step,
+            recipe.seed,
+            start_step * per_step,
+            self.ranks,
+            self._open_cache(),
         )
         while True:
             yield [next(stream) for _ in range(per_step)]
 
+    def _open_cache(self) -> StateCache | None:
+        """What the recipe's cache keeps of the frozen parts; all ranks fill what is missing."""
+        recipe = self.recipe
+        if recipe.cache is None:
+            return None
+        spec = cache_spec(self.phase, recipe, self.tokenizer.config)
+        return open_or_build_cache(
+            self.tokenizer, self.frozen_digests, spec, recipe.data, recipe.seed, recipe.precision, self.ranks
+        )
+
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
         recipe = self.recipe
-        generator = step_generator(recipe.seed, step, torch.device("cpu"))
+        randomness = StepRandomness(recipe.seed, step)
         learning_rate = learning_rate_at(step, recipe.num_steps, recipe.optimizer)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
         figures: dict[str, float] = {}
         pairs = []
-        for batch in micro_batches:
-            images = batch.pixels(self.device)
-            reconstructions, losses = self._generator_losses(step, images, generator)
-            (losses.pop("total") / len(micro_batches)).backward()
+        if self._is_adversarial(step):
+            self.discriminator.iterate_norms()
+        for number, batch in enumerate(micro_batches):
+            images, samples = batch.pixels(self.device), self._samples(number)
+            with self.model.micro_batch(is_last=number == len(micro_batches) - 1):
+                reconstructions, losses = self._generator_losses(
+                    step, images, batch.states, samples, randomness
+                )
+                (losses.pop("total") / len(micro_batches)).backward()
             pairs.append((images, reconstructions.detach()))
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.item() / len(micro_batches)
         figures["gradient_norm"] = clip_gradients(self.tokenizer, recipe.optimizer.clip_norm)
         self.optimizer.step()
         self.ema.update(step)
-        figures["discriminator"] = self._train_discriminator(step, pairs, generator)
+        figures["discriminator"] = self._train_discriminator(step, pairs, randomness)
         figures["learning_rate"] = learning_rate
-        return figures
+        return self.ranks.mean_figures(figures)
 
     @torch.no_grad()
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
         """Validation PSNR and SSIM with averaged weights, and a grid of pictures."""
-        with self.ema.applied():
+        with self._averaged() as tokenizer:
             report = evaluate_tokenizer(
-                self.tokenizer, self.recipe.data.validation, num_pictures=GRID_IMAGES, progress=False
+                tokenizer, self.recipe.data.validation, num_pictures=GRID_IMAGES, progress=False
             )
-        rows = [report.originals, report.reconstructions]
-        save_image(
-            reconstruction_grid(rows, ["original", self.phase]), directory / "grids" / f"{step:06d}.png"
-        )
+        if self.ranks.is_main:
+            grid = reconstruction_grid([report.originals, report.reconstructions], ["original", self.phase])
+            save_image(grid, directory / "grids" / f"{step:06d}.png")
         return {"psnr_db": report.psnr_db, "ssim": report.ssim}
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the checkpoint; tokenizers with fusion carry their latent statistics."""
         recipe = self.recipe
-        with self.ema.applied():
-            if self.tokenizer.fusion is not None:
-                mean, var = latent_statistics(self.tokenizer, recipe.data.train)
-                self.tokenizer.set_statistics(mean, var)
+        with self._averaged() as tokenizer:
+            if tokenizer.fusion is not None:
+                mean, var = latent_statistics(tokenizer, recipe.data.train)
+                tokenizer.set_statistics(mean, var)
             provenance = {**provenance, "phase": self.phase, "frozen_sha256": self.frozen_digests}
-            self.tokenizer.save(path, getattr(torch, recipe.storage_dtype), provenance)
+            if self.ranks.is_main:
+                tokenizer.save(path, getattr(torch, recipe.storage_dtype), provenance)
 
     def check_invariants(self) -> None:
         """Raises if a frozen part is no longer what it was, bit for bit."""
@@ -153,9 +219,9 @@ class ReconstructionTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "parts": {name: self._part(name).state_dict() for name in self.trained_parts},
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.shadow,
+            "parts": {name: whole_state(self._part(name)) for name in sorted(self.trained_parts)},
+            "optimizer": whole_optimizer_state(self.optimizer, self.tokenizer),
+            "ema": self.ema.state_dict(),
             "heads": self.discriminator.heads.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "frozen_sha256": self.frozen_digests,
@@ -165,28 +231,34 @@ class ReconstructionTask(Task):
         if state["frozen_sha256"] != self.frozen_digests:
             raise ValueError("the frozen parts are not those that the run began with")
         for name in self.trained_parts:
-            self._part(name).load_state_dict(state["parts"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            load_whole_state(self._part(name), state["parts"][name])
+        load_whole_optimizer_state(self.optimizer, self.tokenizer, state["optimizer"])
         self.ema.load(state["ema"])
         self.discriminator.heads.load_state_dict(state["heads"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
     def _generator_losses(
-        self, step: int, images: Tensor, generator: torch.Generator
+        self,
+        step: int,
+        images: Tensor,
+        states: Tensor | None,
+        samples: range,
+        randomness: StepRandomness,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weights, recipe = self.recipe.loss, self.recipe
         with autocast(self.device, recipe.precision):
-            tokens = self._add_noise(self.tokenizer.tokens(images), generator)
-            reconstructions = self.tokenizer.decoder(tokens).float()
+            reconstructions = self.model(images, self._noise(samples, randomness), states)
         l1 = (reconstructions - images).abs().mean()
         losses = {"l1": l1}
         total = weights.l1 * l1
         if weights.perceptual:
-            losses["perceptual"] = self.perceptual(reconstructions, images, generator)
+            crop = randomness.shared(Purpose.PERCEPTUAL_CROP)
+            losses["perceptual"] = self.perceptual(reconstructions, images, crop)
             total = total + weights.perceptual * losses["perceptual"]
-        if weights.adversarial and step >= recipe.discriminator.adversarial_start_step:
-            adversarial = generator_loss(self.discriminator(reconstructions, generator))
-            alpha = adaptive_weight(total, adversarial, self._balance_at())
+        if self._is_adversarial(step):
+            draws = randomness.uniform(Purpose.AUGMENT_FOR_GENERATOR, samples, NUM_DRAWS)
+            adversarial = generator_loss(self.discriminator(reconstructions, draws))
+            alpha = adaptive_weight(total, adversarial, self._balance_at(), self.ranks)
             total = total + weights.adversarial * alpha * adversarial
         else:
             adversarial = alpha = torch.zeros(())
@@ -194,27 +266,75 @@ class ReconstructionTask(Task):
         return reconstructions, losses
 
     def _train_discriminator(
-        self, step: int, pairs: list[tuple[Tensor, Tensor]], generator: torch.Generator
+        self, step: int, pairs: list[tuple[Tensor, Tensor]], randomness: StepRandomness
     ) -> float:
         if not self.recipe.loss.adversarial or step < self.recipe.discriminator.start_step:
             return 0.0
         self.discriminator_optimizer.zero_grad(set_to_none=True)
+        self.discriminator.iterate_norms()
         total = 0.0
-        for real, fake in pairs:
-            logits = self.discriminator(torch.cat([real, fake]), generator)
+        for number, (real, fake) in enumerate(pairs):
+            draws = [
+                randomness.uniform(purpose, self._samples(number), NUM_DRAWS)
+                for purpose in (Purpose.AUGMENT_REAL, Purpose.AUGMENT_FAKE)
+            ]
+            logits = self.discriminator(torch.cat([real, fake]), torch.cat(draws))
             loss = discriminator_loss(*logits.chunk(2)) / len(pairs)
             loss.backward()
             total += loss.item()
+        self.ranks.average_gradients(list(self.discriminator.heads.parameters()))
         self.discriminator_optimizer.step()
         return total
 
-    def _add_noise(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """``z + sigma n`` with ``sigma ~ U(0, tau)`` per sample (RAE)."""
+    def _is_adversarial(self, step: int) -> bool:
+        recipe = self.recipe
+        return recipe.loss.adversarial > 0 and step >= recipe.discriminator.adversarial_start_step
+
+    def _samples(self, micro_batch: int) -> range:
+        """Which samples of the step's global batch this rank's share of a micro-batch holds."""
+        size = self.recipe.batch_size // self.recipe.accumulation_steps
+        share = share_of_batch(size, self.ranks)
+        return range(micro_batch * size + share.start, micro_batch * size + share.stop)
+
+    def _noise(self, samples: range, randomness: StepRandomness) -> Tensor | None:
+        """``sigma n`` with ``sigma ~ U(0, tau)`` per sample (RAE), [B, N, C]."""
         if self.recipe.noise_tau == 0:
-            return tokens
-        sigma = self.recipe.noise_tau * torch.rand(len(tokens), 1, 1, generator=generator)
-        noise = torch.randn(tokens.shape, generator=generator)
-        return tokens + (sigma * noise).to(tokens)
+            return None
+        width, *grid = self.tokenizer.config.latent_shape
+        sigma = self.recipe.noise_tau * randomness.uniform(Purpose.NOISE, samples, 1)
+        noise = randomness.normal(Purpose.NOISE, samples, (math.prod(grid), width), self.device)
+        return sigma[:, :, None].to(self.device) * noise
+
+    def _prepare_modules(self) -> None:
+        """Recomputation, compilation and sharding, as the recipe has it; parameters keep their names."""
+        tokenizer, recipe = self.tokenizer, self.recipe
+        passed: list[nn.Module] = [*tokenizer.decoder.blocks]  # by gradients, the frozen decoder's too
+        if recipe.train_encoder:
+            passed += tokenizer.encoder.blocks
+        if tokenizer.fusion is not None and "fusion" in self.trained_parts:
+            passed.append(tokenizer.fusion.mixer)
+        if recipe.compile:
+            for module in {*passed, *tokenizer.encoder.blocks, *self.discriminator.backbone.encoder.blocks}:
+                compile_forward(module)
+        if recipe.activation_checkpointing:
+            for module in passed:
+                checkpoint_activations(module)
+        if recipe.distributed.strategy == "fsdp" and is_launched():
+            shard_decoder(tokenizer.decoder)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[Tokenizer]:
+        """The tokenizer with averaged weights, whole on every rank."""
+        with self.ema.applied():
+            if not any(is_sharded(p) for p in self.tokenizer.parameters()):
+                yield self.tokenizer
+                return
+            copied = Tokenizer(self.tokenizer.config).to(self.device)
+            copied.load_state_dict(whole_state(self.tokenizer))
+        for part in (copied.encoder, copied.fusion, copied.decoder):
+            if part is not None:
+                part.freeze()
+        yield copied
 
     def _balance_at(self) -> Tensor:
         """Where the adversarial term's gradient is measured: the decoder's last layer.
@@ -255,66 +375,9 @@ class ReconstructionTask(Task):
 
 
 def module_sha256(module: nn.Module) -> str:
-    """Digest of a module's names and values, whatever device they are on."""
+    """Digest of a module's names and values, whatever device they are on, sharded or not."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_recipe(phase: str, recipe: PhaseRecipe) -> None:
-    if recipe.batch_size % recipe.accumulation_steps:
-        raise RecipeError(
-            f"field 'accumulation_steps': {recipe.accumulation_steps} does not divide "
-            f"batch_size={recipe.batch_size}"
-        )
-    if not recipe.data.validation:
-        raise RecipeError(
-            "field 'data.validation': phases 1 to 3 report PSNR and SSIM on it, so it is required"
-        )
-    if recipe.decoder_init == "ridge" and phase != "phase1":
-        raise RecipeError("field 'decoder_init': only phase 1 may replace the decoder")
-    if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
-        raise RecipeError("field 'discriminator.start_step' comes after discriminator.adversarial_start_step")
-
-
-def _with_networks(recipe: PhaseRecipe, networks: dict[str, str]) -> PhaseRecipe:
-    """The recipe with every ``auto`` network replaced by the one in use."""
-    loss = recipe.loss.model_copy(update={"perceptual_network": networks["perceptual"]})
-    discriminator = recipe.discriminator.model_copy(update={"backbone": networks["discriminator"]})
-    return recipe.model_copy(update={"loss": loss, "discriminator": discriminator})
-
-
-def _make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
-    """The checkpoint that the recipe starts from, given the architecture that the phase needs."""
-    if recipe.init is None:
-        raise RecipeError(f"field 'init': {phase} starts from a checkpoint with a pre-trained encoder")
-    source = Tokenizer.load(recipe.init, fusion="reference")
-    config = _phase_config(phase, recipe, source.config)
-    tokenizer = Tokenizer(config)
-    tokenizer.encoder.load_state_dict(source.encoder.state_dict())
-    tokenizer.decoder.load_state_dict(source.decoder.state_dict())
-    if tokenizer.fusion is not None and source.fusion is not None:
-        tokenizer.fusion.load_state_dict(source.fusion.state_dict())
-    return tokenizer
-
-
-def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> TokenizerConfig:
-    if recipe.preset is not None and recipe.preset not in PRESETS:
-        raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
-    fusion = source.fusion
-    if phase == "phase1":
-        fusion = None
-    elif fusion is None and phase == "phase3":
-        raise RecipeError(
-            f"field 'init': {recipe.init} has no fusion; phase 3 starts from phase 2's checkpoint"
-        )
-    elif fusion is None:
-        fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
-        if fusion is None:
-            raise RecipeError("field 'fusion': name a preset or give the fusion to train")
-    try:  # fits the fusion to the encoder, and checks that it does
-        return TokenizerConfig(**dict(source) | {"fusion": fusion, "name": recipe.name})
-    except ValidationError as exc:
-        raise RecipeError(f"field 'fusion': {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from model.config import FrozenConfig, FusionConfig
+from training.epochs import resolve_epochs
 from training.errors import RecipeError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -30,6 +31,13 @@ class DataConfig(FrozenConfig):
         (0.3, 1.0), description="Phase 0: share of the image a crop covers."
     )
     flip: bool = Field(True, description="Random horizontal flip.")
+    crops_per_image: PositiveInt | None = Field(
+        None,
+        description="Fixed random crops of each image, one an epoch in turn; null: a new one every time.",
+    )
+    num_images: PositiveInt | None = Field(
+        None, description="Images in train, to turn epochs into steps by; null: count them."
+    )
     num_workers: NonNegativeInt = Field(1, description="Processes that decode images.")
 
 
@@ -63,6 +71,17 @@ class LossConfig(FrozenConfig):
     )
 
 
+class DistributedConfig(FrozenConfig):
+    """How the ranks that ``torchrun`` starts share the work; one process needs none of it."""
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: every rank holds all weights; fsdp: a shard of the decoder's (FSDP2)."
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, description="How long a rank waits for the others before it gives up, seconds."
+    )
+
+
 class DiscriminatorConfig(FrozenConfig):
     """Frozen ViT features with light spectral-norm heads (StyleGAN-T, RAE)."""
 
@@ -76,8 +95,18 @@ class DiscriminatorConfig(FrozenConfig):
     augment_probability: float = Field(1.0, ge=0, le=1, description="DiffAug: translation and colour.")
 
 
+class CacheConfig(FrozenConfig):
+    """What the frozen parts give for every crop, computed once and kept on disk (`training.cache`)."""
+
+    directory: Path = Field(description="Folder of the cache; made where it is absent.")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Of the stored values.")
+
+
 class BaseRecipe(FrozenConfig):
-    """What every phase needs."""
+    """What every phase needs.
+
+    Fields that count steps may be given in epochs of the training data: ``num_steps: 16 epochs``.
+    """
 
     name: str = Field("run", min_length=1, description="Name of the run.")
     output: Path = Field(description="Run directory.")
@@ -88,8 +117,13 @@ class BaseRecipe(FrozenConfig):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
     num_steps: PositiveInt = Field(description="Optimizer steps.")
-    batch_size: PositiveInt = Field(512, description="Images an optimizer step.")
+    batch_size: PositiveInt = Field(512, description="Images an optimizer step, over all ranks.")
     accumulation_steps: PositiveInt = Field(1, description="Micro-batches an optimizer step is split into.")
+    distributed: DistributedConfig = DistributedConfig()
+    compile: bool = Field(False, description="Compile transformer blocks and the fusion (torch.compile).")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute the blocks that gradients pass in the backward pass, to save memory."
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(0.9978, ge=0, lt=1)
     log_every_steps: PositiveInt = 20
@@ -113,6 +147,9 @@ class PhaseRecipe(BaseRecipe):
         0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample."
     )
     train_encoder: bool = Field(False, description="Ablation: unfreeze the backbone.")
+    cache: CacheConfig | None = Field(
+        None, description="Latents or hidden states kept on disk; needs data.crops_per_image. Null: none."
+    )
 
 
 class DistillationRecipe(BaseRecipe):
@@ -145,7 +182,9 @@ def load_recipe(kind: type[RecipeType], path: Path, overrides: list[str]) -> Rec
     for override in overrides:
         _apply(fields, override)
     try:
-        return kind.model_validate(fields)
+        return kind.model_validate(resolve_epochs(fields, kind.model_fields["batch_size"].default))
+    except RecipeError as exc:
+        raise RecipeError(f"{path}: {exc}") from exc
     except ValidationError as exc:
         error = exc.errors()[0]
         field = ".".join(str(step) for step in error["loc"]) or "(root)"

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from training.distillation import DistillationTask
-from training.recipe import DistillationRecipe, PhaseRecipe, load_recipe
+from training.distributed import process_group
+from training.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
 from training.trainer import Task, Trainer
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ PHASES = ("phase0", "phase1", "phase2", "phase3", "joint")
 def run_phase(
     phase: str, config_path: Path, overrides: list[str], output: Path | None = None, resume: bool = False
 ) -> int:
-    """Train one phase.
+    """Train one phase, together with the other ranks where ``torchrun`` started some.
 
     Args:
         phase: one of `PHASES`.
@@ -32,15 +33,19 @@ def run_phase(
     """
     if output is not None:
         overrides = [*overrides, f"output={output}"]
-    task = _make_task(phase, config_path, overrides)
-    figures = Trainer(task, task.recipe.output).run(resume)
+    kind = DistillationRecipe if phase == "phase0" else PhaseRecipe
+    recipe = load_recipe(kind, config_path, overrides)
+    with process_group(recipe.device, recipe.distributed.timeout_s):
+        task = _make_task(phase, recipe)
+        figures = Trainer(task, task.recipe.output).run(resume)
     logger.info("%s finished: %s", phase, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     return 0
 
 
-def _make_task(phase: str, config_path: Path, overrides: list[str]) -> Task:
-    if phase == "phase0":
-        return DistillationTask(load_recipe(DistillationRecipe, config_path, overrides))
+def _make_task(phase: str, recipe: BaseRecipe) -> Task:
+    if isinstance(recipe, DistillationRecipe):
+        return DistillationTask(recipe)
     from training.phases import ReconstructionTask
 
-    return ReconstructionTask(phase, load_recipe(PhaseRecipe, config_path, overrides))
+    assert isinstance(recipe, PhaseRecipe)
+    return ReconstructionTask(phase, recipe)

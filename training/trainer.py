@@ -9,16 +9,21 @@ import math
 import os
 import pickle
 import platform
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from training.data import Batch
+from training.distributed import current
 from training.errors import DivergenceError, TrainingError
 from training.recipe import BaseRecipe
 
@@ -28,18 +33,22 @@ STATE_FILE = "state.pt"
 
 
 class Task(ABC):
-    """What one phase trains, and how. The trainer calls it; it knows nothing of files or logs."""
+    """What one phase trains, and how. The trainer calls it; it knows nothing of files or logs.
+
+    Every rank has its own, and calls every method at the same time as the others; files are written by the
+    main rank alone.
+    """
 
     recipe: BaseRecipe
     networks: dict[str, str]
 
     @abstractmethod
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
-        """Micro-batches of step ``start_step`` and of every step after it."""
+        """This rank's share of the micro-batches of step ``start_step`` and of every step after it."""
 
     @abstractmethod
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step; returns its losses."""
+        """One optimizer step; returns its losses, means over the whole batch and alike on every rank."""
 
     @abstractmethod
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
@@ -51,7 +60,10 @@ class Task(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs besides the recipe; tensors and plain values."""
+        """Everything that a resumed run needs besides the recipe, whatever its number of ranks.
+
+        Tensors, whole, and plain values.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,13 +75,19 @@ class Task(ABC):
 
 
 class Trainer:
-    """Runs a task from its last saved state to the recipe's end."""
+    """Runs a task from its last saved state to the recipe's end.
+
+    SIGINT and SIGTERM save the state after the step under way, on whichever rank they arrive; a second
+    SIGINT stops at once.
+    """
 
     def __init__(self, task: Task, output: Path) -> None:
         self.task = task
         self.recipe = task.recipe
         self.output = output
-        self.num_broken = 0
+        self.ranks = current()
+        self.num_broken = 0  # of this rank's images; the main rank's holds those before a resume too
+        self.is_stopping = False
         self.seconds_before = 0.0
 
     def run(self, resume: bool) -> dict[str, float]:
@@ -80,11 +98,13 @@ class Trainer:
 
         Raises:
             TrainingError: bad data, divergence, a full disk, or an output that holds another run.
+            KeyboardInterrupt: a signal asked the run to stop; its state is saved.
         """
         try:
             start_step = self._prepare(resume)
             self.started = time.monotonic()
-            self._train(start_step)
+            with self._stop_on_signals():
+                self._train(start_step)
             return self._finish()
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -95,16 +115,21 @@ class Trainer:
 
     def _prepare(self, resume: bool) -> int:
         state_file = self.output / STATE_FILE
-        if state_file.exists() and not resume:
+        exists = self.ranks.all_gather_object(state_file.exists())
+        if any(exists) and not resume:
             raise TrainingError(
                 f"{self.output} holds a run: continue it with --resume, or choose another --output"
             )
-        self.output.mkdir(parents=True, exist_ok=True)
-        self._write_recipe(is_resumed=state_file.exists())
-        if not state_file.exists():
-            _keep_rows(self.output, last_step=-1)
-            return 0
-        return self._restore(state_file)
+        if any(exists) and not all(exists):
+            raise TrainingError(
+                f"{state_file}: seen by some ranks only: the run directory must be on a disk that all share"
+            )
+        step = self._restore(state_file) if all(exists) else 0
+        if self.ranks.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._write_recipe(is_resumed=all(exists))
+            _keep_rows(self.output, last_step=step - 1)
+        return step
 
     def _write_recipe(self, is_resumed: bool) -> None:
         """Keep the recipe beside its results; say so where a resumed run departs from it."""
@@ -121,12 +146,11 @@ class Trainer:
         try:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
             step = int(state["step"])
-            self.num_broken = int(state["num_broken"])
+            self.num_broken = int(state["num_broken"]) if self.ranks.is_main else 0
             self.seconds_before = float(state["seconds"])
             self.task.load_state_dict(state["task"])
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
             raise TrainingError(f"{state_file}: not a state of this recipe: {exc}") from exc
-        _keep_rows(self.output, last_step=step - 1)
         logger.info("resumed %s at step %d", self.output, step)
         return step
 
@@ -135,7 +159,12 @@ class Trainer:
         steps = range(start_step, recipe.num_steps)
         batches = self.task.batches(start_step)
         with tqdm(
-            total=recipe.num_steps, initial=start_step, desc=recipe.name, unit="step", dynamic_ncols=True
+            total=recipe.num_steps,
+            initial=start_step,
+            desc=recipe.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.ranks.is_main,
         ) as bar:
             for step in steps:
                 micro_batches = next(batches)
@@ -149,18 +178,25 @@ class Trainer:
         bar.update()
         if done % self.recipe.log_every_steps == 0 or done == self.recipe.num_steps:
             bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
-            row = {"seconds": round(self._seconds(), 1), "num_broken": self.num_broken, **losses}
-            _append_row(self.output / "train.csv", step, row)
+            row = {"seconds": round(self._seconds(), 1), "num_broken": self._total_broken(), **losses}
+            self._append_row("train.csv", step, row)
         # The state is written before validation: a crash in it costs no training.
-        if done % self.recipe.checkpoint_every_steps == 0 or done == self.recipe.num_steps:
+        must_stop = self.ranks.any(self.is_stopping)
+        if done % self.recipe.checkpoint_every_steps == 0 or done == self.recipe.num_steps or must_stop:
             self._save_state(done)
+        if must_stop and done < self.recipe.num_steps:
+            self.ranks.barrier()  # a rank that ended makes the launcher end those that still write
+            logger.warning("stopped after step %d, which is saved: go on with --resume", done)
+            raise KeyboardInterrupt
         if done % self.recipe.evaluate_every_steps == 0 and done != self.recipe.num_steps:
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         figures = self.task.evaluate(step + 1, self.output)
-        _append_row(self.output / "validation.csv", step, figures)
-        tqdm.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        self._append_row("validation.csv", step, figures)
+        if self.ranks.is_main:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            tqdm.write(f"step {step + 1}: {shown}")
         return figures
 
     def _finish(self) -> dict[str, float]:
@@ -171,24 +207,59 @@ class Trainer:
             "networks": self.task.networks,
             "validation": figures,
             "training_seconds": round(self._seconds()),
-            "num_broken_images": self.num_broken,
+            "num_broken_images": self._total_broken(),
             "device": device_name(self.recipe.device),
+            "num_ranks": self.ranks.size,
             "torch": torch.__version__,
         }
         self.task.export(self.output / "checkpoint", provenance)
-        _write_atomically(self.output / "run.json", (json.dumps(provenance, indent=2) + "\n").encode())
+        if self.ranks.is_main:
+            _write_atomically(self.output / "run.json", (json.dumps(provenance, indent=2) + "\n").encode())
+        self.ranks.barrier()  # whoever returns finds everything written
         return figures
 
     def _save_state(self, step: int) -> None:
-        buffer = io.BytesIO()
         state = {
             "step": step,
-            "num_broken": self.num_broken,
+            "num_broken": self._total_broken(),
             "seconds": self._seconds(),
             "task": self.task.state_dict(),
         }
-        torch.save(state, buffer)
-        _write_atomically(self.output / STATE_FILE, buffer.getvalue())
+        if self.ranks.is_main:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            _write_atomically(self.output / STATE_FILE, buffer.getvalue())
+
+    def _append_row(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        if self.ranks.is_main:
+            _append_row(self.output / name, step, values)
+
+    def _total_broken(self) -> int:
+        return sum(self.ranks.all_gather_object(self.num_broken))
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step under way."""
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+            yield
+            return
+
+        owner = os.getpid()
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != owner:  # a process that decodes images, which the last step still needs
+                return
+            if number == signal.SIGINT and self.is_stopping:
+                raise KeyboardInterrupt
+            self.is_stopping = True
+            logger.warning("%s: stopping after this step", signal.Signals(number).name)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

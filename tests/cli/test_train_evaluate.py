@@ -100,3 +100,27 @@ def test_evaluate_refuses(refused, checkpoint, photos, photo, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in refused("evaluate", "--data", empty, *use)
+
+
+def test_dry_run_is_planned_and_not_trained(run, training_run, photos, checkpoint, tmp_path):
+    recipe = tmp_path / "plan.yaml"
+    fields = {
+        "init": str(checkpoint),
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "data": {"train": [str(photos)], "validation": [str(photos)], "num_workers": 0},
+        "num_steps": "2 epochs",
+        "batch_size": 3,
+    }
+    recipe.write_text(json.dumps(fields))  # JSON is YAML
+    argv = ("train", "phase3", "--config", recipe, "--dry-run", "--matrix-tflops", 1, "--float32-tflops", 1)
+    outcome = run(*argv)
+    assert outcome.status == 0, outcome.err
+    assert "2 of 3 images (2 epochs)" in outcome.out
+    assert not (tmp_path / "run").exists()
+    assert training_run.calls == []
+    plan = json.loads(run(*argv, "--json", "--check-images", "all").out)
+    assert plan["train"]["num_checked"] == 3
+    refused = run(*argv, "--set", "accumulation_steps=2")
+    assert refused.status == 2
+    assert refused.err.startswith("drorae: this run would fail: field 'accumulation_steps'")

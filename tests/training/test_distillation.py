@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY
 from training.data import Batch
 from training.distillation import DistillationTask, _hint_distance
+from training.distributed import Ranks
 from training.errors import RecipeError
 from training.run import run_phase
 
@@ -78,5 +79,5 @@ def test_hint_distance_ignores_the_targets_mean_and_meets_at_the_coarser_grid() 
     target = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0))
     centred = target - target.mean(dim=(0, 2, 3), keepdim=True)
     finer = centred.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert _hint_distance(finer, target + 7).item() == pytest.approx(0, abs=1e-5)
-    assert _hint_distance(-centred, target).item() == pytest.approx(2, abs=1e-5)
+    assert _hint_distance(finer, target + 7, Ranks()).item() == pytest.approx(0, abs=1e-5)
+    assert _hint_distance(-centred, target, Ranks()).item() == pytest.approx(2, abs=1e-5)

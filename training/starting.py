@@ -1,0 +1,74 @@
+"""What phases 1 to 3 and joint training start from: a recipe that can be done, and the tokenizer."""
+
+from pydantic import ValidationError
+
+from model.config import PRESETS, TokenizerConfig
+from model.tokenizer import Tokenizer
+from training.errors import RecipeError
+from training.recipe import PhaseRecipe
+
+
+def check_recipe(phase: str, recipe: PhaseRecipe, num_ranks: int) -> None:
+    """Whether the phase can do what the recipe asks.
+
+    Raises:
+        RecipeError: names the field.
+    """
+    if recipe.batch_size % (recipe.accumulation_steps * num_ranks):
+        raise RecipeError(
+            f"field 'accumulation_steps': batch_size={recipe.batch_size} does not divide into "
+            f"{recipe.accumulation_steps} micro-batches on {num_ranks} ranks"
+        )
+    if not recipe.data.validation:
+        raise RecipeError(
+            "field 'data.validation': phases 1 to 3 report PSNR and SSIM on it, so it is required"
+        )
+    if recipe.decoder_init == "ridge" and phase != "phase1":
+        raise RecipeError("field 'decoder_init': only phase 1 may replace the decoder")
+    if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
+        raise RecipeError("field 'discriminator.start_step' comes after discriminator.adversarial_start_step")
+
+
+def with_networks(recipe: PhaseRecipe, networks: dict[str, str]) -> PhaseRecipe:
+    """The recipe with every ``auto`` network replaced by the one in use."""
+    loss = recipe.loss.model_copy(update={"perceptual_network": networks["perceptual"]})
+    discriminator = recipe.discriminator.model_copy(update={"backbone": networks["discriminator"]})
+    return recipe.model_copy(update={"loss": loss, "discriminator": discriminator})
+
+
+def make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
+    """The checkpoint that the recipe starts from, given the architecture that the phase needs.
+
+    Raises:
+        RecipeError: the recipe names no checkpoint, or one that the phase cannot start from.
+    """
+    if recipe.init is None:
+        raise RecipeError(f"field 'init': {phase} starts from a checkpoint with a pre-trained encoder")
+    source = Tokenizer.load(recipe.init, fusion="reference")
+    config = _phase_config(phase, recipe, source.config)
+    tokenizer = Tokenizer(config)
+    tokenizer.encoder.load_state_dict(source.encoder.state_dict())
+    tokenizer.decoder.load_state_dict(source.decoder.state_dict())
+    if tokenizer.fusion is not None and source.fusion is not None:
+        tokenizer.fusion.load_state_dict(source.fusion.state_dict())
+    return tokenizer
+
+
+def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> TokenizerConfig:
+    if recipe.preset is not None and recipe.preset not in PRESETS:
+        raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
+    fusion = source.fusion
+    if phase == "phase1":
+        fusion = None
+    elif fusion is None and phase == "phase3":
+        raise RecipeError(
+            f"field 'init': {recipe.init} has no fusion; phase 3 starts from phase 2's checkpoint"
+        )
+    elif fusion is None:
+        fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
+        if fusion is None:
+            raise RecipeError("field 'fusion': name a preset or give the fusion to train")
+    try:  # fits the fusion to the encoder, and checks that it does
+        return TokenizerConfig(**dict(source) | {"fusion": fusion, "name": recipe.name})
+    except ValidationError as exc:
+        raise RecipeError(f"field 'fusion': {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc
