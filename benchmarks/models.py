@@ -81,7 +81,7 @@ def build_models(
     tokenizer = Tokenizer(config)
     if diffusers_model is not None:
         states = (diffusers_model.encoder.state_dict(), diffusers_model.decoder.state_dict())
-        tokenizer.encoder.load_state_dict(encoder_state_from_transformers(states[0]))
+        tokenizer.encoder.load_state_dict(encoder_state_from_transformers(states[0], config.encoder))
         tokenizer.decoder.load_state_dict(decoder_state_from_diffusers(states[1]))
         diffusers_model.to(setup.device, setup.dtype)
     fusion = _randomize(tokenizer.fusion)
@@ -130,7 +130,8 @@ def encode_operations(config: TokenizerConfig) -> int:
     num_patches = encoder.grid**2
     embed = linear_operations(num_patches, 3 * encoder.patch_size**2, encoder.width)
     num_tokens = encoder.num_prefix_tokens + num_patches
-    mlp_width = int(encoder.width * encoder.mlp_ratio)
+    # Of two matrices of this width; SwiGLU has a third.
+    mlp_width = encoder.mlp_width * 3 // 2 if encoder.mlp == "swiglu" else encoder.mlp_width
     return embed + transformer_operations(num_tokens, encoder.width, mlp_width, encoder.depth)
 
 

@@ -10,10 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 Width = Annotated[int, Field(ge=8, le=8192)]
 Depth = Annotated[int, Field(ge=1, le=64)]
 PixelTriple = tuple[float, float, float]
+MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
+PositionResize = Literal["bicubic_antialias", "bicubic", "bilinear_antialias"]
 
 
 class FrozenConfig(BaseModel):
@@ -23,16 +26,33 @@ class FrozenConfig(BaseModel):
 
 
 class EncoderConfig(FrozenConfig):
-    """DINOv2 with registers (arXiv 2309.16588). The defaults are ``dinov2-with-registers-base``."""
+    """A frozen ViT. The defaults are ``dinov2-with-registers-base``; `ENCODERS` names the others.
+
+    One module serves DINOv2 (arXiv 2304.07193, 2309.16588), SigLIP 2 (2502.14786) and MAE (2111.06377):
+    they differ by these fields alone.
+    """
 
     width: Width = Field(768, description="Token width C.")
     depth: Depth = Field(12, description="Number of blocks L; each gives one hidden state.")
     num_heads: int = Field(12, ge=1, description="Attention heads; divides the width.")
-    mlp_ratio: float = Field(4.0, gt=0, le=8, description="MLP width over token width.")
+    mlp_ratio: float = Field(
+        4.0, gt=0, le=512, description="MLP width over token width, SwiGLU's before its cut."
+    )
+    mlp: MlpKind = Field(
+        "gelu", description="Exact GELU, its tanh approximation, or SwiGLU at two thirds of the MLP width."
+    )
+    layer_scale: bool = Field(True, description="Whether residual branches have learned gains (DINOv2).")
     patch_size: int = Field(14, ge=1, le=64, description="Patch side, pixels.")
     image_size: int = Field(224, ge=8, le=1024, description="Input side, pixels; images are resized to it.")
+    class_token: bool = Field(True, description="Whether a class token precedes the patches.")
     num_registers: int = Field(4, ge=0, le=64, description="Register tokens after the class token.")
+    positions: Literal["learned", "sincos"] = Field(
+        "learned", description="Learned position table, or the fixed 2-D sin-cos table (MAE)."
+    )
     position_grid: int = Field(37, ge=1, le=128, description="Side of the stored position table, patches.")
+    position_resize: PositionResize = Field(
+        "bicubic_antialias", description="How the table is resized to the input's grid."
+    )
     layer_norm_eps: float = Field(1e-6, gt=0, description="eps of every LayerNorm, LN_bb included.")
 
     @property
@@ -43,7 +63,13 @@ class EncoderConfig(FrozenConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Class and register tokens that precede the patch tokens."""
-        return 1 + self.num_registers
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP; SwiGLU's is cut to two thirds, rounded up to a multiple of 8."""
+        full = int(round(self.width * self.mlp_ratio, 6))  # a ratio of two integers gives the integer back
+        return (int(full * 2 / 3) + 7) // 8 * 8 if self.mlp == "swiglu" else full
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -51,6 +77,10 @@ class EncoderConfig(FrozenConfig):
             raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}")
+        if self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at width={self.width}")
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(f"positions='sincos' needs a width divisible by 4, not width={self.width}")
         return self
 
 

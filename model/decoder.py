@@ -7,22 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TokenizerConfig
-from model.vit import Block, Freezable, initialize_linear
-
-
-def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sin-cos positions (MAE), columns in the first half of the channels.
-
-    Returns:
-        [1, 1 + grid * grid, width] float32; the class token's row is zero.
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
-    columns = axis[None, :, :].expand(grid, -1, -1)
-    rows = axis[:, None, :].expand(-1, grid, -1)
-    table = torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width)
-    return torch.cat([torch.zeros(1, 1, width), table.float()], dim=1)
+from model.vit import Block, Freezable, initialize_linear, sincos_positions
 
 
 class Decoder(Freezable):

@@ -1,13 +1,15 @@
-"""The transformer block that encoder and decoder share, and freezing.
+"""What encoder and decoder share: the transformer block, sin-cos positions and freezing.
 
 Shape legend: B batch, T tokens (prefix included), C width, D head width.
 """
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.config import MlpKind
 
 
 class Freezable(nn.Module):
@@ -56,15 +58,29 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between them."""
+    """Two linear maps with a GELU between them, exact or in its tanh approximation."""
 
-    def __init__(self, width: int, hidden_width: int) -> None:
+    def __init__(self, width: int, hidden_width: int, approximate: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.up = nn.Linear(width, hidden_width)
         self.down = nn.Linear(hidden_width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(tokens)))
+        return self.down(F.gelu(self.up(tokens), approximate=self.approximate))
+
+
+class SwiGlu(nn.Module):
+    """``down(silu(gate x) * (value x))`` (arXiv 2002.05202); ``up`` holds gate and value, in this order."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * hidden_width)
+        self.down = nn.Linear(hidden_width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, value = self.up(tokens).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
 
 
 class Residual(nn.Module):
@@ -89,19 +105,46 @@ class Block(nn.Module):
     """Pre-norm transformer block; ``layer_scale=None`` leaves the residual branches unscaled."""
 
     def __init__(
-        self, width: int, num_heads: int, mlp_width: int, eps: float, layer_scale: float | None = None
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        eps: float,
+        layer_scale: float | None = None,
+        mlp: MlpKind = "gelu",
     ) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width, eps=eps)
         self.attention = Attention(width, num_heads)
         self.norm_mlp = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, mlp_width)
+        self.mlp = _make_mlp(mlp, width, mlp_width)
         self.scale_attention = Residual() if layer_scale is None else LayerScale(width, layer_scale)
         self.scale_mlp = Residual() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = self.scale_attention(tokens, self.attention(self.norm_attention(tokens)))
         return self.scale_mlp(tokens, self.mlp(self.norm_mlp(tokens)))
+
+
+def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> nn.Module:
+    if kind == "swiglu":
+        return SwiGlu(width, hidden_width)
+    return Mlp(width, hidden_width, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sin-cos positions (MAE), columns in the first half of the channels.
+
+    Returns:
+        [1, 1 + grid * grid, width] float32; the class token's row is zero.
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    columns = axis[None, :, :].expand(grid, -1, -1)
+    rows = axis[:, None, :].expand(-1, grid, -1)
+    table = torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width)
+    return torch.cat([torch.zeros(1, 1, width), table.float()], dim=1)
 
 
 def initialize_linear(module: nn.Module) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from model.config import DecoderConfig, EncoderConfig, TokenizerConfig
-from model.decoder import sincos_positions
 from model.interop import decoder_state_from_diffusers, encoder_state_from_transformers
 from model.tokenizer import Tokenizer
+from model.vit import sincos_positions
 
 # diffusers without latent statistics still divides by its deviation plus eps: 1 + 1e-5.
 DIFFUSERS_LATENT_SCALE = 1 + 1e-5
@@ -42,7 +42,9 @@ def build_pair(randomize: Callable[..., None], **fields: int) -> tuple[Any, Toke
         ),
     )
     tokenizer = Tokenizer(config).eval()
-    tokenizer.encoder.load_state_dict(encoder_state_from_transformers(reference.encoder.state_dict()))
+    tokenizer.encoder.load_state_dict(
+        encoder_state_from_transformers(reference.encoder.state_dict(), tokenizer.config.encoder)
+    )
     tokenizer.decoder.load_state_dict(decoder_state_from_diffusers(reference.decoder.state_dict()))
     return reference, tokenizer
 

@@ -31,7 +31,7 @@ def build_pair(fields: dict[str, int], randomize: Callable[..., None], patch_siz
     randomize(reference)
     side = fields["position_grid"] * patch_size
     encoder = Encoder(EncoderConfig(patch_size=patch_size, image_size=side, **fields)).eval()
-    encoder.load_state_dict(encoder_state_from_transformers(reference.state_dict()))
+    encoder.load_state_dict(encoder_state_from_transformers(reference.state_dict(), encoder.config))
     return reference, encoder
 
 
