@@ -4,15 +4,16 @@ Every value is validated where it is written: unknown fields are errors, and a c
 cannot be built is refused with a sentence that names the fields.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
-Width = Annotated[int, Field(ge=8, le=8192)]
+MAX_WIDTH = 8192
+Width = Annotated[int, Field(ge=8, le=MAX_WIDTH)]
 Depth = Annotated[int, Field(ge=1, le=64)]
 PixelTriple = tuple[float, float, float]
 MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
@@ -85,13 +86,17 @@ class EncoderConfig(FrozenConfig):
 
 
 class FusionConfig(FrozenConfig):
-    """Multi-layer representation fusion (arXiv 2605.10780). The ablations are values of these fields."""
+    """Multi-layer representation fusion (arXiv 2605.10780). The ablations are values of these fields.
 
-    num_layers: Depth = Field(12, description="How many of the deepest layers are fused.")
+    The defaults of the sizes are those of ``dinov2-b``. In a `TokenizerConfig` sizes that are not given
+    follow the encoder: all layers, a hidden width of 2 C, and as many heads.
+    """
+
+    num_layers: Depth = Field(12, description="How many of the deepest layers are fused; all if not given.")
     mixer: Literal["experts", "cross_attention"] = Field(
         "experts", description="Layer experts with a router, or attention over layers queried by the last."
     )
-    hidden_width: Width = Field(1536, description="Expert hidden width h (experts only).")
+    hidden_width: Width = Field(1536, description="Expert hidden width h (experts only); 2 C if not given.")
     routing: Literal["energy", "softmax"] = Field("energy", description="How router weights are normalised.")
     router_input_norm: bool = Field(True, description="Whether the router sees LN_bb-normalised states.")
     correction: Literal["incremental", "replace"] = Field(
@@ -100,7 +105,20 @@ class FusionConfig(FrozenConfig):
     beta: float = Field(0.2, ge=0, le=1, description="Size of the incremental correction.")
     energy_eps: float = Field(1e-6, gt=0, description="eps under the energy normalisation's square root.")
     hidden_norm_eps: float = Field(1e-5, gt=0, description="eps of the experts' hidden LayerNorm.")
-    num_heads: int = Field(12, ge=1, description="Attention heads (cross_attention only).")
+    num_heads: int = Field(
+        12, ge=1, description="Attention heads (cross_attention only); the encoder's if not given."
+    )
+
+    def fitted(self, encoder: EncoderConfig) -> Self:
+        """With the sizes that were not given taken from the encoder."""
+        sizes = {
+            "num_layers": encoder.depth,
+            "hidden_width": min(2 * encoder.width, MAX_WIDTH),
+            "num_heads": encoder.num_heads,
+        }
+        return self.model_copy(
+            update={name: size for name, size in sizes.items() if name not in self.model_fields_set}
+        )
 
 
 class DecoderConfig(FrozenConfig):
@@ -128,7 +146,7 @@ class TokenizerConfig(FrozenConfig):
     name: str = Field(min_length=1, max_length=100, description="Name shown to users and in metadata.")
     image_size: int = Field(256, ge=8, le=1024, description="Side of the images in and out, pixels.")
     encoder: EncoderConfig = EncoderConfig()
-    fusion: FusionConfig | None = FusionConfig()
+    fusion: FusionConfig | None = Field(FusionConfig(), validate_default=True)
     decoder: DecoderConfig = DecoderConfig()
     pixel_mean: PixelTriple = Field(IMAGENET_MEAN, description="Per-channel mean of the pixels, in [0, 1].")
     pixel_std: PixelTriple = Field(IMAGENET_STD, description="Per-channel deviation of the pixels.")
@@ -144,6 +162,12 @@ class TokenizerConfig(FrozenConfig):
         depth = self.encoder.depth
         num_layers = self.fusion.num_layers if self.fusion else 1
         return tuple(range(depth - num_layers + 1, depth + 1))
+
+    @field_validator("fusion")
+    @classmethod
+    def _fit_fusion(cls, fusion: FusionConfig | None, info: ValidationInfo) -> FusionConfig | None:
+        encoder = info.data.get("encoder")  # absent where it is itself at fault
+        return fusion if fusion is None or encoder is None else fusion.fitted(encoder)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -173,13 +197,99 @@ def fusion_num_parameters(num_layers: int, width: int, hidden_width: int) -> int
     return experts + router
 
 
+_VIT_SIZES = {  # width, depth, heads
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "giant": (1536, 40, 24),
+}
+
+
+def _dinov2(size: str, num_registers: int) -> EncoderConfig:
+    width, depth, num_heads = _VIT_SIZES[size]
+    return EncoderConfig(
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        mlp="swiglu" if size == "giant" else "gelu",
+        num_registers=num_registers,
+        position_resize="bicubic_antialias" if num_registers else "bicubic",
+    )
+
+
+def _siglip2(width: int, depth: int, num_heads: int, mlp_width: int) -> EncoderConfig:
+    return EncoderConfig(
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=mlp_width / width,
+        mlp="gelu_tanh",
+        layer_scale=False,
+        patch_size=16,
+        image_size=256,
+        class_token=False,
+        num_registers=0,
+        position_grid=16,
+        position_resize="bicubic",
+    )
+
+
+def _mae(size: str) -> EncoderConfig:
+    width, depth, num_heads = _VIT_SIZES[size]
+    return EncoderConfig(
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        layer_scale=False,
+        patch_size=16,
+        image_size=256,
+        num_registers=0,
+        positions="sincos",
+        position_grid=14,
+        position_resize="bicubic",
+        layer_norm_eps=1e-12,
+    )
+
+
+# By the names of their repositories on the hub, each with the input that gives 16 x 16 patches, as RAE.
+ENCODERS: dict[str, EncoderConfig] = {
+    **{f"dinov2-with-registers-{size}": _dinov2(size, 4) for size in _VIT_SIZES},
+    **{f"dinov2-{size}": _dinov2(size, 0) for size in _VIT_SIZES},
+    "siglip2-base-patch16-256": _siglip2(768, 12, 12, 3072),
+    "siglip2-large-patch16-256": _siglip2(1024, 24, 16, 4096),
+    "siglip2-so400m-patch16-256": _siglip2(1152, 27, 16, 4304),
+    "vit-mae-base": _mae("base"),
+    "vit-mae-large": _mae("large"),
+}
+
+
+def _preset(name: str, encoder: str, **fields: Any) -> TokenizerConfig:
+    if encoder.startswith("siglip2"):
+        fields |= {"pixel_mean": SIGLIP_MEAN, "pixel_std": SIGLIP_STD}
+    return TokenizerConfig(name=name, encoder=ENCODERS[encoder], **fields)
+
+
 PRESETS: dict[str, TokenizerConfig] = {
-    "mini": TokenizerConfig(
-        name="mini",
-        encoder=EncoderConfig(width=192, num_heads=3),
-        fusion=FusionConfig(hidden_width=384, num_heads=3),
-        decoder=DecoderConfig(width=320, depth=8, num_heads=5, mlp_width=1280),
-    ),
-    "dinov2-b": TokenizerConfig(name="dinov2-b"),
-    "dinov2-b-h3072": TokenizerConfig(name="dinov2-b-h3072", fusion=FusionConfig(hidden_width=3072)),
+    preset.name: preset
+    for preset in (
+        TokenizerConfig(
+            name="mini",
+            encoder=EncoderConfig(width=192, num_heads=3),
+            decoder=DecoderConfig(width=320, depth=8, num_heads=5, mlp_width=1280),
+        ),
+        _preset("dinov2-s", "dinov2-with-registers-small"),
+        _preset("dinov2-b", "dinov2-with-registers-base"),
+        _preset("dinov2-b-h3072", "dinov2-with-registers-base", fusion=FusionConfig(hidden_width=3072)),
+        _preset("dinov2-l", "dinov2-with-registers-large"),
+        _preset("dinov2-g", "dinov2-with-registers-giant"),
+        _preset("dinov2-s-no-registers", "dinov2-small"),
+        _preset("dinov2-b-no-registers", "dinov2-base"),
+        _preset("dinov2-l-no-registers", "dinov2-large"),
+        _preset("dinov2-g-no-registers", "dinov2-giant"),
+        _preset("siglip2-b", "siglip2-base-patch16-256"),
+        _preset("siglip2-l", "siglip2-large-patch16-256"),
+        _preset("siglip2-so400m", "siglip2-so400m-patch16-256"),
+        _preset("mae-b", "vit-mae-base"),
+        _preset("mae-l", "vit-mae-large"),
+    )
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from model.config import PRESETS, TokenizerConfig
@@ -313,4 +314,7 @@ def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> T
         fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
         if fusion is None:
             raise RecipeError("field 'fusion': name a preset or give the fusion to train")
-    return source.model_copy(update={"fusion": fusion, "name": recipe.name})
+    try:  # fits the fusion to the encoder, and checks that it does
+        return TokenizerConfig(**dict(source) | {"fusion": fusion, "name": recipe.name})
+    except ValidationError as exc:
+        raise RecipeError(f"field 'fusion': {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc

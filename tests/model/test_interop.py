@@ -1,5 +1,7 @@
 """Foreign state dicts: strict both ways, and what is dropped is dropped by name."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from model.errors import CheckpointError
 from model.interop import decoder_state_from_diffusers, encoder_state_from_transformers
 
 WIDTH = 8
+CONFIG = EncoderConfig(width=WIDTH, depth=2, num_heads=2, image_size=42, position_grid=3)
 OLD_NAMES = {
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",
@@ -79,9 +82,8 @@ def decoder_state(tokenizer):
 
 
 def test_encoder_state_loads_strictly_and_fuses_qkv_in_order(dinov2_state):
-    ours = encoder_state_from_transformers(dinov2_state)
-    config = EncoderConfig(width=WIDTH, depth=2, num_heads=2, image_size=42, position_grid=3)
-    Encoder(config).load_state_dict(ours)
+    ours = encoder_state_from_transformers(dinov2_state, CONFIG)
+    Encoder(CONFIG).load_state_dict(ours)
     block = "encoder.layer.1.attention"
     parts = [dinov2_state[f"{block}.{letter}_proj.weight"] for letter in "qkv"]
     assert torch.equal(ours["blocks.1.attention.qkv.weight"], torch.cat(parts))
@@ -94,7 +96,10 @@ def test_hub_files_keep_older_names(dinov2_state):
             name = name.replace(new, old)
         older[name] = tensor
     assert older.keys() != dinov2_state.keys()
-    ours, expected = encoder_state_from_transformers(older), encoder_state_from_transformers(dinov2_state)
+    ours, expected = (
+        encoder_state_from_transformers(older, CONFIG),
+        encoder_state_from_transformers(dinov2_state, CONFIG),
+    )
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
@@ -102,7 +107,7 @@ def test_hub_files_keep_older_names(dinov2_state):
 @pytest.mark.parametrize("name", ["embeddings.mask_token", "layernorm.weight", "layernorm.bias"])
 def test_dropped_tensors_may_be_absent(dinov2_state, name):
     del dinov2_state[name]
-    assert len(encoder_state_from_transformers(dinov2_state)) == 5 + 2 * 14
+    assert len(encoder_state_from_transformers(dinov2_state, CONFIG)) == 5 + 2 * 14
 
 
 def test_decoder_state_round_trips(tokenizer, decoder_state):
@@ -114,7 +119,8 @@ def test_decoder_state_round_trips(tokenizer, decoder_state):
 
 def test_every_missing_tensor_is_named(dinov2_state, decoder_state):
     dropped = {"embeddings.mask_token", "layernorm.weight", "layernorm.bias"}
-    cases = [(encoder_state_from_transformers, dinov2_state), (decoder_state_from_diffusers, decoder_state)]
+    encoder = partial(encoder_state_from_transformers, config=CONFIG)
+    cases = [(encoder, dinov2_state), (decoder_state_from_diffusers, decoder_state)]
     for convert, state in cases:
         for name in state.keys() - dropped:
             with pytest.raises(CheckpointError) as caught:
@@ -127,7 +133,7 @@ def test_every_missing_tensor_is_named(dinov2_state, decoder_state):
 )
 def test_unknown_encoder_tensor_is_named(dinov2_state, name):
     with pytest.raises(CheckpointError, match=f"unexpected tensor '{name}'"):
-        encoder_state_from_transformers(dinov2_state | {name: torch.zeros(1)})
+        encoder_state_from_transformers(dinov2_state | {name: torch.zeros(1)}, CONFIG)
 
 
 def test_unknown_decoder_tensor_is_named(decoder_state):
@@ -138,13 +144,13 @@ def test_unknown_decoder_tensor_is_named(decoder_state):
 def test_a_gap_in_the_blocks_names_the_first_tensor_of_the_gap(dinov2_state):
     moved = {name.replace("layer.1.", "layer.2."): tensor for name, tensor in dinov2_state.items()}
     with pytest.raises(CheckpointError, match=r"tensor 'encoder\.layer\.1\.norm1\.weight' is missing"):
-        encoder_state_from_transformers(moved)
+        encoder_state_from_transformers(moved, CONFIG)
 
 
 def test_no_blocks_at_all(dinov2_state):
     outside = {name: tensor for name, tensor in dinov2_state.items() if "layer." not in name}
-    with pytest.raises(CheckpointError, match=r"encoder\.layer\.0"):
-        encoder_state_from_transformers(outside)
+    with pytest.raises(CheckpointError, match=r"'encoder\.layer\.0\.norm1\.weight' is missing"):
+        encoder_state_from_transformers(outside, CONFIG)
 
 
 def test_query_and_key_of_different_shapes_are_named(dinov2_state):
@@ -152,4 +158,4 @@ def test_query_and_key_of_different_shapes_are_named(dinov2_state):
     with pytest.raises(
         CheckpointError, match=r"'encoder\.layer\.0\.attention\.k_proj\.weight' has shape \[4, 4\]"
     ):
-        encoder_state_from_transformers(dinov2_state)
+        encoder_state_from_transformers(dinov2_state, CONFIG)
