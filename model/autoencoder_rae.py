@@ -17,8 +17,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from model.config import EncoderConfig, FrozenConfig
+from model.config import DecoderConfig, EncoderConfig, FrozenConfig
 from model.encoder_configs import encoder_config_from_transformers
+from model.encoder_names import TransformersRelease
 from model.errors import CheckpointError
 
 CLASS_NAME = "AutoencoderRAE"
@@ -28,6 +29,8 @@ FUSION_FORMAT = "drorae-fusion"
 DIFFUSERS_VERSION = "0.42.1"  # whose fields and defaults these are
 DIFFUSERS_EPS = 1e-5
 VARIANCE_EPS = 1e-5  # `model.tokenizer.STATISTICS_EPS`, RAE's
+# AutoencoderRAE lays its decoder's positions over 16 units whatever the grid, MAE and RAE one unit a patch.
+POSITION_SPAN = 16
 _HEAD_WIDTH = 64
 # The rest of what AutoencoderRAE gives each encoder that it builds, by transformers' fields.
 _ENCODERS: dict[str, dict[str, Any]] = {
@@ -106,6 +109,49 @@ def encoder_of(config: AutoencoderRaeConfig) -> EncoderConfig:
     return encoder_config_from_transformers(fields, config.encoder_input_size)
 
 
+def decoder_of(config: AutoencoderRaeConfig, grid: int) -> DecoderConfig:
+    """The decoder that ``AutoencoderRAE`` builds for a latent grid of this side.
+
+    Raises:
+        ValidationError: pydantic's, for sizes that cannot be.
+    """
+    return DecoderConfig(
+        width=config.decoder_hidden_size,
+        depth=config.decoder_num_hidden_layers,
+        num_heads=config.decoder_num_attention_heads,
+        mlp_width=config.decoder_intermediate_size,
+        patch_size=config.patch_size,
+        position_span=None if grid == POSITION_SPAN else POSITION_SPAN,
+    )
+
+
+def decoder_fields(decoder: DecoderConfig, grid: int) -> dict[str, Any]:
+    """The fields of ``AutoencoderRAE`` that make it build this decoder.
+
+    Raises:
+        CheckpointError: it builds none like this; names what differs.
+    """
+    fields = {
+        "decoder_hidden_size": decoder.width,
+        "decoder_num_hidden_layers": decoder.depth,
+        "decoder_num_attention_heads": decoder.num_heads,
+        "decoder_intermediate_size": decoder.mlp_width,
+        "patch_size": decoder.patch_size,
+    }
+    if (decoder.position_span or grid) != POSITION_SPAN:
+        raise CheckpointError(
+            f"decoder.position_span={decoder.position_span}: {CLASS_NAME} lays a decoder's positions over "
+            f"{POSITION_SPAN} units, so for a latent grid of {grid} x {grid} no others can be exported"
+        )
+    expected = DecoderConfig().layer_norm_eps
+    if decoder.layer_norm_eps != expected:
+        raise CheckpointError(
+            f"decoder.layer_norm_eps={decoder.layer_norm_eps}: {CLASS_NAME} builds decoders with {expected} "
+            f"and nothing else"
+        )
+    return fields
+
+
 def encoder_fields(encoder: EncoderConfig) -> dict[str, Any]:
     """The fields of ``AutoencoderRAE`` that make it build this encoder.
 
@@ -122,17 +168,44 @@ def encoder_fields(encoder: EncoderConfig) -> dict[str, Any]:
     }
     if encoder.width < _HEAD_WIDTH:
         raise CheckpointError(
-            f"encoder.width={encoder.width}: {CLASS_NAME} builds heads of {_HEAD_WIDTH} numbers, so no encoder "
-            f"that narrow"
+            f"encoder.width={encoder.width}: {CLASS_NAME} builds heads of {_HEAD_WIDTH} numbers, so no "
+            f"encoder that narrow"
         )
     ours, theirs = _architecture(encoder), _architecture(encoder_of(parse_config(_with_class(fields))))
     for name, value in ours.items():
         if theirs[name] != value:
             raise CheckpointError(
-                f"encoder.{name}={value!r}: {CLASS_NAME} builds its {family} encoder of width {encoder.width} "
+                f"encoder.{name}={value!r}: {CLASS_NAME} builds {family} encoders of width {encoder.width} "
                 f"with {name}={theirs[name]!r} and nothing else"
             )
     return fields
+
+
+def filler_tensors(encoder: EncoderConfig, release: TransformersRelease) -> dict[str, Tensor]:
+    """Tensors of the encoder that ``AutoencoderRAE`` builds, wants to find and never uses; zeros.
+
+    DINOv2's mask token, and SigLIP's pooling head.
+    """
+    width, mlp_width = encoder.width, encoder.mlp_width
+    if encoder.layer_scale:
+        return {"embeddings.mask_token": torch.zeros(1, width)}
+    if encoder.class_token:
+        return {}
+    prefix = "vision_model.head." if release == 4 else "head."
+    shapes = {
+        "probe": (1, 1, width),
+        "attention.in_proj_weight": (3 * width, width),
+        "attention.in_proj_bias": (3 * width,),
+        "attention.out_proj.weight": (width, width),
+        "attention.out_proj.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+        "mlp.fc1.weight": (mlp_width, width),
+        "mlp.fc1.bias": (mlp_width,),
+        "mlp.fc2.weight": (width, mlp_width),
+        "mlp.fc2.bias": (width,),
+    }
+    return {prefix + name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def statistics_from_diffusers(
@@ -153,7 +226,11 @@ def statistics_from_diffusers(
         CheckpointError: a shape that does not broadcast, a non-finite value or a deviation below 0.
     """
     deviation = (std.double() + DIFFUSERS_EPS) / scaling_factor
-    if mean.numel() == std.numel() == 1 and mean.item() == 0 and abs(deviation.item() - 1) <= 2 * DIFFUSERS_EPS:
+    if (
+        mean.numel() == std.numel() == 1
+        and mean.item() == 0
+        and abs(deviation.item() - 1) <= 2 * DIFFUSERS_EPS
+    ):
         return None
     for name, tensor in (("_latents_mean", mean), ("_latents_std", std)):
         try:

@@ -89,7 +89,9 @@ def decoder_state_to_diffusers(state_dict: Mapping[str, Tensor], config: Decoder
     return translate_back(state_dict, _NAMES, config.depth)
 
 
-def decoder_config_from_state(state_dict: Mapping[str, Tensor], num_heads: int | None = None) -> DecoderConfig:
+def decoder_config_from_state(
+    state_dict: Mapping[str, Tensor], num_heads: int | None = None
+) -> DecoderConfig:
     """The decoder that these tensors are of; everything but its heads shows in their shapes.
 
     Args:
@@ -135,8 +137,12 @@ def decoder_latent_width(state_dict: Mapping[str, Tensor]) -> int:
     return _matrix(state_dict, "decoder_embed.weight")[1]
 
 
-def decoder_grid(state_dict: Mapping[str, Tensor]) -> int | None:
+def decoder_grid(state_dict: Mapping[str, Tensor], span: int | None = None) -> int | None:
     """Side of the latent grid that a decoder's stored positions are for, or None where none are stored.
+
+    Args:
+        state_dict: as for `decoder_state_from_diffusers`.
+        span: as for `model.vit.sincos_positions`.
 
     Raises:
         CheckpointError: the table is not the fixed sin-cos table of a square grid.
@@ -148,9 +154,10 @@ def decoder_grid(state_dict: Mapping[str, Tensor]) -> int | None:
     wanted = _matrix(state_dict, "decoder_embed.weight")[0]
     if list(table.shape) != [1, 1 + grid**2, wanted] or grid < 1:
         raise CheckpointError(
-            f"tensor {POSITIONS!r} has shape {list(table.shape)}, no class token and square grid of width {wanted}"
+            f"tensor {POSITIONS!r} has shape {list(table.shape)}, no positions of a class token and a square "
+            f"grid in width {wanted}"
         )
-    difference = (table.float() - sincos_positions(wanted, grid)).abs().max().item()
+    difference = (table.float() - sincos_positions(wanted, grid, span)).abs().max().item()
     tolerance = 1e-4 if table.dtype in (torch.float32, torch.float64) else 1e-2  # rounding of half precision
     if not difference <= tolerance:  # NaN too
         raise CheckpointError(

@@ -42,7 +42,7 @@ class Fusion:
 
     @torch.no_grad()
     def encode(self, autoencoder: Any, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to enriched latents [B, C, h, w], normalised as `decode` wants them."""
+        """Enriched latents [B, C, h, w], as ``autoencoder.decode`` takes them, of images [B, 3, H, W]."""
         pixels = autoencoder._resize_and_normalize(images)
         tokens_BNC = self(self.hidden_states(autoencoder, pixels))
         side = round(tokens_BNC.shape[1] ** 0.5)

@@ -21,17 +21,45 @@ from model.autoencoder_rae import (
     FUSION_STEM,
     WEIGHTS_STEM,
     AutoencoderRaeConfig,
+    decoder_fields,
     encoder_fields,
     filler_tensors,
     statistics_to_diffusers,
 )
 from model.checkpoints import staged_directory
-from model.config import DecoderConfig, TokenizerConfig
-from model.errors import CheckpointError
+from model.config import TokenizerConfig
 from model.interop import TransformersRelease, decoder_state_to_diffusers, encoder_state_to_transformers
 from model.tokenizer import Tokenizer
 
 README_FILE = "README.md"
+_README = """\
+# {name}
+
+An image tokenizer exported by DRoRAE as diffusers' `{class_name}`.{origin}
+Tensor names are those of transformers {release}. Images are {side} x {side}; latents are {shape},
+{normalized}.
+
+```python
+from diffusers import {class_name}
+
+autoencoder = {class_name}.from_pretrained(folder).eval()
+latents = autoencoder.encode(images).latent       # images [B, 3, H, W] in [0, 1]: base latents
+pictures = autoencoder.decode(latents).sample     # in [0, 1], not clamped
+```
+"""
+_FUSION_README = """
+The decoder was trained on enriched latents, fused over several layers of the encoder. They are made by the
+fusion in `fusion.json` and `fusion.safetensors`, which `drorae_fusion.py` runs (put this folder on
+`PYTHONPATH`, or copy the file). The statistics are theirs too: a generator works in this space, and
+`autoencoder.decode` takes its latents as they are.
+
+```python
+from drorae_fusion import load_fusion
+
+fusion = load_fusion(folder)
+latents = fusion.encode(autoencoder, images)
+```
+"""
 _METADATA = {"format": "pt"}  # transformers and diffusers ask for it
 
 
@@ -79,19 +107,9 @@ def export_diffusers(
 def _config_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     """``config.json`` of the folder; ``from_pretrained`` takes the statistics' shapes from it."""
     config = tokenizer.config
-    expected_eps = DecoderConfig().layer_norm_eps
-    if config.decoder.layer_norm_eps != expected_eps:
-        raise CheckpointError(
-            f"decoder.layer_norm_eps={config.decoder.layer_norm_eps}: {CLASS_NAME} builds decoders with "
-            f"{expected_eps} and nothing else"
-        )
     fields: dict[str, Any] = {
         **encoder_fields(config.encoder),
-        "decoder_hidden_size": config.decoder.width,
-        "decoder_num_hidden_layers": config.decoder.depth,
-        "decoder_num_attention_heads": config.decoder.num_heads,
-        "decoder_intermediate_size": config.decoder.mlp_width,
-        "patch_size": config.decoder.patch_size,
+        **decoder_fields(config.decoder, config.encoder.grid),
         "image_size": config.image_size,
         "encoder_norm_mean": list(config.pixel_mean),
         "encoder_norm_std": list(config.pixel_std),
@@ -145,7 +163,8 @@ def _shortest(values: Tensor) -> Any:
 
 
 def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    file.write_text(json.dumps(fields, indent=None if "latents_mean" in fields else 2) + "\n", encoding="utf-8")
+    indent = None if fields.get("latents_mean") else 2  # statistics by the line would be a book
+    file.write_text(json.dumps(fields, indent=indent) + "\n", encoding="utf-8")
 
 
 def _refuse_to_replace(path: Path) -> None:
@@ -164,31 +183,13 @@ def _readme(tokenizer: Tokenizer, release: TransformersRelease) -> str:
         if tokenizer.has_statistics
         else "not normalised: the checkpoint has no statistics"
     )
-    text = f"""# {config.name}
-
-An image tokenizer exported by DRoRAE as diffusers' `{CLASS_NAME}`.{origin} Tensor names are those of
-transformers {release}. Images are {config.image_size} x {config.image_size}; latents are {channels} x {rows} x
-{columns}, {normalized}.
-
-```python
-from diffusers import {CLASS_NAME}
-
-autoencoder = {CLASS_NAME}.from_pretrained(folder).eval()
-latents = autoencoder.encode(images).latent       # images [B, 3, H, W] in [0, 1]: base latents
-pictures = autoencoder.decode(latents).sample     # in [0, 1], not clamped
-```
-"""
-    if tokenizer.fusion is not None:
-        text += f"""
-The decoder was trained on enriched latents, fused over several layers of the encoder. They are made by the
-fusion in `{FUSION_STEM}.json` and `{FUSION_STEM}.safetensors`, which `drorae_fusion.py` runs (put this folder on
-`PYTHONPATH`, or copy the file):
-
-```python
-from drorae_fusion import load_fusion
-
-fusion = load_fusion(folder)
-latents = fusion.encode(autoencoder, images)
-```
-"""
-    return text
+    text = _README.format(
+        name=config.name,
+        class_name=CLASS_NAME,
+        origin=origin,
+        release=release,
+        side=config.image_size,
+        shape=f"{channels} x {rows} x {columns}",
+        normalized=normalized,
+    )
+    return text if tokenizer.fusion is None else text + _FUSION_README

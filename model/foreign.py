@@ -92,7 +92,9 @@ def read_folder(folder: Path, *stems: str) -> ForeignTensors:
             return read_tensors(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder / f"{name}.index.json")
-    raise CheckpointError(f"{folder}: has no weights: none of {', '.join(candidates)}, nor an index of shards")
+    raise CheckpointError(
+        f"{folder}: has no weights: none of {', '.join(candidates)}, nor an index of shards"
+    )
 
 
 def read_tensors(file: Path) -> ForeignTensors:
@@ -101,7 +103,7 @@ def read_tensors(file: Path) -> ForeignTensors:
     A pickle's ``model`` or ``state_dict`` entry is taken where it is wrapped in one.
 
     Raises:
-        CheckpointError: missing, truncated, corrupt, not a dictionary of tensors, or a pickle with code in it.
+        CheckpointError: missing, truncated, corrupt, no dictionary of tensors, or a pickle with code in it.
     """
     if not file.is_file():
         what = "is a directory, expected a file" if file.is_dir() else "there is no such file"

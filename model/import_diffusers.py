@@ -18,6 +18,7 @@ from model.autoencoder_rae import (
     WEIGHTS_STEM,
     AutoencoderRaeConfig,
     LatentStatistics,
+    decoder_of,
     encoder_of,
     parse_config,
     statistics_from_diffusers,
@@ -26,7 +27,6 @@ from model.checkpoints import FORMAT, Parts
 from model.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    DecoderConfig,
     FusionConfig,
     PixelTriple,
     TokenizerConfig,
@@ -71,7 +71,7 @@ def import_autoencoder(folder: Path, name: str, statistics: Path | None = None) 
     with naming(config_file):
         config = _tokenizer_config(name, foreign_config, fusion, sections["buffers"])
     with naming(weights.source):
-        decoder_grid(sections["decoder"])
+        decoder_grid(sections["decoder"], config.decoder.position_span)
         parts: Parts = {
             "encoder": encoder_state_from_transformers(sections["encoder"], config.encoder),
             "decoder": decoder_state_from_diffusers(sections["decoder"], config),
@@ -92,8 +92,8 @@ def _refuse_other_folders(fields: Mapping[str, Any]) -> None:
         raise CheckpointError("this is a DRoRAE checkpoint already")
     if "_class_name" not in fields and "model_type" in fields:
         raise CheckpointError(
-            f"this is a transformers model ({fields['model_type']!r}), which has no decoder: import it as the "
-            f"encoder, beside a decoder"
+            f"this is a transformers model ({fields['model_type']!r}), which has no decoder: import it as "
+            f"the encoder, beside a decoder"
         )
 
 
@@ -135,13 +135,7 @@ def _tokenizer_config(
         image_size=config.image_size or config.patch_size * encoder.grid,
         encoder=encoder,
         fusion=fusion,
-        decoder=DecoderConfig(
-            width=config.decoder_hidden_size,
-            depth=config.decoder_num_hidden_layers,
-            num_heads=config.decoder_num_attention_heads,
-            mlp_width=config.decoder_intermediate_size,
-            patch_size=config.patch_size,
-        ),
+        decoder=decoder_of(config, encoder.grid),
         pixel_mean=_pixel_triple("encoder_mean", buffers, config.encoder_norm_mean or IMAGENET_MEAN),
         pixel_std=_pixel_triple("encoder_std", buffers, config.encoder_norm_std or IMAGENET_STD),
     )

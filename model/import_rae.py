@@ -169,10 +169,17 @@ def _preprocessor(folder: Path) -> tuple[PixelTriple, PixelTriple] | None:
     if not file.is_file():
         return None
     fields = read_json(file)
-    triples = [fields.get("image_mean"), fields.get("image_std")]
-    if None in triples:
+    if fields.get("image_mean") is None or fields.get("image_std") is None:
         return None
-    for name, values in zip(("image_mean", "image_std"), triples, strict=True):
-        if not isinstance(values, list) or [type(value) for value in values] not in ([float] * 3, [int] * 3):
+
+    def triple(name: str) -> PixelTriple:
+        values = fields[name]
+        if (
+            not isinstance(values, list)
+            or len(values) != 3
+            or {type(value) for value in values} - {int, float}
+        ):
             raise CheckpointError(f"{file.name}: field {name!r} is {values!r}, expected three numbers")
-    return tuple(triples[0]), tuple(triples[1])
+        return values[0], values[1], values[2]
+
+    return triple("image_mean"), triple("image_std")

@@ -99,10 +99,14 @@ def assemble(
         CheckpointError: a tensor is no float type, or is not one of the configuration's.
     """
     notes: list[str] = []
+    if min(config.pixel_std) <= 0:
+        raise CheckpointError(f"{source}: pixel deviation {list(config.pixel_std)}, expected numbers above 0")
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
-                raise CheckpointError(f"{source}: the {part}'s {name!r} is {tensor.dtype}, expected a float type")
+                raise CheckpointError(
+                    f"{source}: the {part}'s {name!r} is {tensor.dtype}, expected a float type"
+                )
     if statistics is not None:
         parts = {**parts, "statistics": {"mean": statistics.mean, "var": statistics.var}}
         if statistics.num_clamped:

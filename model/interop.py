@@ -13,10 +13,15 @@ from model.decoder_names import (
     decoder_state_to_diffusers,
 )
 from model.encoder_configs import encoder_config_from_transformers, pixel_statistics_from_transformers
-from model.encoder_names import encoder_state_from_transformers, encoder_state_to_transformers
+from model.encoder_names import (
+    TransformersRelease,
+    encoder_state_from_transformers,
+    encoder_state_to_transformers,
+)
 
 __all__ = [
     "RAE_DECODERS",
+    "TransformersRelease",
     "decoder_config_from_state",
     "decoder_grid",
     "decoder_latent_width",
