@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> object:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what comes of them is told below
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as exc:
         raise CheckpointError(f"{file}: cannot be read: {exc.strerror or exc}") from exc
     except _UNPICKLING_ERRORS as exc:
