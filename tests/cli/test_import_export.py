@@ -96,24 +96,32 @@ def test_parts_become_a_checkpoint(run, encoder_folder, decoder_file, tmp_path):
     assert size < 2.2 * sum(tensor.numel() for tensor in tokenizer.encoder.state_dict().values())
 
 
-def test_phase_2_starts_from_an_import(run, autoencoder_folder, tmp_path):
-    from training.phases import _make_tokenizer
+def test_phase_2_starts_from_an_import(run, autoencoder_folder, photos, tmp_path):
+    from training.phases import ReconstructionTask
     from training.recipe import DataConfig, PhaseRecipe
 
-    run("import", autoencoder_folder, "--output", tmp_path / "rae")
+    run("import", autoencoder_folder, "--output", tmp_path / "imported")
     recipe = PhaseRecipe(
         output=tmp_path / "run",
-        init=str(tmp_path / "rae"),
-        data=DataConfig(train=[tmp_path]),
+        init=str(tmp_path / "imported"),
+        device="cpu",
+        data=DataConfig(train=[photos], validation=[photos], num_workers=0, resize_short_side=[64, 64]),
         num_steps=1,
+        batch_size=2,
+        loss={"perceptual": 0, "adversarial": 0},
         fusion=FusionConfig(num_layers=2, hidden_width=16, num_heads=2),
     )
-    tokenizer = _make_tokenizer("phase2", recipe)
-    assert tokenizer.config.fusion == recipe.fusion
-    source = Tokenizer.load(tmp_path / "rae")
+    task = ReconstructionTask("phase2", recipe)
+    assert task.tokenizer.config.fusion == recipe.fusion
+    source = Tokenizer.load(tmp_path / "imported")
+    before = {name: tensor.clone() for name, tensor in task.tokenizer.fusion.state_dict().items()}
+    figures = task.train_step(0, next(task.batches(0)))
+    assert figures["l1"] > 0
+    after = task.tokenizer.fusion.state_dict()
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
     for part in ("encoder", "decoder"):
+        found = getattr(task.tokenizer, part).state_dict()
         expected = getattr(source, part).state_dict()
-        found = getattr(tokenizer, part).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
@@ -202,22 +210,17 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit on the size of files here")
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(command, autoencoder_folder, tmp_path):
+def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(autoencoder_folder, tmp_path):
     """Real writes that fail: the process may write no file over 100 kB."""
-    source = autoencoder_folder if command == "import" else "mini"
-    before = sorted(os.listdir(tmp_path))
+    command = ["import", str(autoencoder_folder), "--output", str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, command, str(source), "--output", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+        [sys.executable, "-c", LIMITED, *command], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("drorae: ")
+    assert done.stderr.startswith(f"drorae: {tmp_path / 'out'}: ")
+    assert "File too large" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == before
+    assert os.listdir(tmp_path) == [autoencoder_folder.name]
 
 
 def test_neither_diffusers_nor_transformers_is_needed(autoencoder_folder, tmp_path):
