@@ -99,7 +99,7 @@ class Encoder(Freezable):
         positions = self._positions_for(num_rows, num_columns)
         num_leading = int(self.config.class_token)  # positions that no patch has
         patches = patches.flatten(2).transpose(1, 2) + positions[:, num_leading:]
-        prefix = [self.register_tokens]
+        prefix: list[Tensor] = [self.register_tokens]
         if self.class_token is not None:
             prefix.insert(0, self.class_token + positions[:, :1])
         batch = patches.shape[0]

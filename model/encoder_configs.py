@@ -99,7 +99,7 @@ def pixel_statistics_from_transformers(config: Mapping[str, Any]) -> tuple[Pixel
 
 def _vision_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Model type of the vision encoder, and its fields with transformers' defaults."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type in _VISION_MODELS:
         vision = config.get("vision_config")
         if not isinstance(vision, Mapping):
@@ -107,7 +107,7 @@ def _vision_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         model_type, config = _VISION_MODELS[model_type], vision
     if model_type not in _DEFAULTS:
         known = ", ".join([*_DEFAULTS, *_VISION_MODELS])
-        raise CheckpointError(f"field 'model_type' is {model_type!r}, no encoder that is known: {known}")
+        raise CheckpointError(f"field 'model_type' is {model_type!r}, no encoder known here: {known}")
     given = {name: value for name, value in config.items() if value is not None}
     fields = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **given}
     for name, wanted in (("num_channels", 3), ("qkv_bias", True)):
@@ -119,7 +119,7 @@ def _vision_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _family_values(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `EncoderConfig` that differ from family to family."""
     activation = fields["hidden_act"]
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise CheckpointError(f"field 'hidden_act' is {activation!r}, expected one of {known}")
     if model_type in ("dinov2", "dinov2_with_registers"):

@@ -23,7 +23,7 @@ class TensorNames:
 
     def sources(self, num_blocks: int) -> dict[str, tuple[str, ...]]:
         """Our name of every tensor, with the foreign tensors that it is made of."""
-        sources = {ours: (theirs,) for ours, theirs in self.outside.items()}
+        sources: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.outside.items()}
         for block in range(num_blocks):
             prefix = f"{self.block_prefix}{block}."
             for ours, theirs in self.in_block.items():

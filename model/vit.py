@@ -126,7 +126,7 @@ class Block(nn.Module):
         return self.scale_mlp(tokens, self.mlp(self.norm_mlp(tokens)))
 
 
-def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> nn.Module:
+def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> Mlp | SwiGlu:
     if kind == "swiglu":
         return SwiGlu(width, hidden_width)
     return Mlp(width, hidden_width, approximate="tanh" if kind == "gelu_tanh" else "none")

@@ -172,6 +172,8 @@ def _hint_distance(features: Tensor, target: Tensor) -> Tensor:
 def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:
     if recipe.preset not in PRESETS:
         raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
+    if not PRESETS[recipe.preset].encoder.class_token:
+        raise RecipeError(f"field 'preset': the encoder of {recipe.preset!r} has no class token")
     return PRESETS[recipe.preset].model_copy(update={"fusion": None, "name": f"{recipe.preset}-phase0"})
 
 

@@ -2,7 +2,7 @@
 
 ``python -m training.probe --checkpoint DIR --train SHARD... --validation SHARD...``
 
-Shape legend: B batch, C encoder width, F probe features (2 C).
+Shape legend: B batch, C encoder width, F probe features (2 C, or C without a class token).
 """
 
 import argparse
@@ -42,7 +42,7 @@ class ProbeResult:
 
 @torch.no_grad()
 def encoder_features(tokenizer: Tokenizer, paths: Sequence[Path], image_size: int) -> tuple[Tensor, Tensor]:
-    """Class token and mean patch token of the normalised last layer.
+    """Class token, where there is one, and mean patch token of the normalised last layer.
 
     Args:
         tokenizer: gives the encoder.
@@ -50,7 +50,7 @@ def encoder_features(tokenizer: Tokenizer, paths: Sequence[Path], image_size: in
         image_size: encoder input side, pixels; a multiple of the patch size.
 
     Returns:
-        Features [images, 2 C] and labels [images].
+        Features [images, F] and labels [images].
 
     Raises:
         DataError: an image has no class.
@@ -64,8 +64,10 @@ def encoder_features(tokenizer: Tokenizer, paths: Sequence[Path], image_size: in
                 raise DataError("the linear probe needs a class (.cls) for every image")
             pixels = (batch.pixels(tokenizer.device) - decoder.pixel_mean) / decoder.pixel_std
             tokens = token_norm(tokenizer.encoder.hidden_states(pixels)[-1], config.layer_norm_eps)
-            patches = tokens[:, config.num_prefix_tokens :].mean(dim=1)
-            features.append(torch.cat([tokens[:, 0], patches], dim=1).float())
+            summaries = [tokens[:, config.num_prefix_tokens :].mean(dim=1)]
+            if config.class_token:
+                summaries.insert(0, tokens[:, 0])
+            features.append(torch.cat(summaries, dim=1).float())
             labels.append(batch.labels)
             bar.update(len(batch.labels))
     return torch.cat(features), torch.cat(labels)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from kernels.dispatch import Platform, choose_path
 from model.config import (
     ENCODERS,
     IMAGENET_MEAN,
@@ -14,6 +15,7 @@ from model.config import (
     TokenizerConfig,
 )
 from model.encoder import Encoder
+from model.fusion import Fusion
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,15 @@ def test_named_encoders_have_their_published_sizes(name):
         found = sum(p.numel() for p in Encoder(config).parameters()) / 1e6
     assert found == pytest.approx(millions, rel=0.02)
     assert config.mlp_width == {1152: 4304, 1536: 4096}.get(config.width, 4 * config.width)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_fusions_of_all_presets_run_in_the_kernels_and_folded(name):
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        problem = Fusion(preset.fusion, preset.encoder).problem(torch.bfloat16)
+    assert choose_path("auto", problem, Platform("cuda", (9, 0))).path == "triton"
+    assert choose_path("auto", problem, Platform("cpu")).path == "folded"
 
 
 def test_families_bring_their_pixel_statistics():

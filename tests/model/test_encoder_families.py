@@ -177,6 +177,27 @@ def test_weights_go_back_to_transformers_unchanged(name, randomize):
     assert left_out == ({"head", "post_layernorm"} if name == "siglip" else {"layernorm"})
 
 
+@torch.no_grad()
+def test_the_bundled_encoder_is_transformers_dinov2_with_registers(record_difference):
+    """A checkpoint from before there were families means what it meant."""
+    transformers = pytest.importorskip("transformers")
+    ours = Tokenizer.load("mini").encoder
+    reference = transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(
+            hidden_size=192, num_attention_heads=3, patch_size=14, image_size=518
+        )
+    ).eval()
+    missing, unexpected = reference.load_state_dict(
+        encoder_state_to_transformers(ours.state_dict(), ours.config), strict=False
+    )
+    assert set(missing) == {"embeddings.mask_token", "layernorm.weight", "layernorm.bias"}
+    assert not unexpected
+    pixels = pixels_of(16, 16, 14)
+    expected = reference(pixels, output_hidden_states=True).hidden_states[1:]
+    for number, (state, theirs) in enumerate(zip(ours.hidden_states(pixels), expected, strict=True), 1):
+        record_difference(f"mini block {number}", state, theirs, 1e-4)
+
+
 @pytest.mark.parametrize("mixer", ["experts", "cross_attention"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_tokenizer_of_every_family_encodes_saves_and_loads(name, mixer, randomize, tmp_path):

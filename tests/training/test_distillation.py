@@ -69,6 +69,11 @@ def test_unknown_preset_is_named(distillation_file: Path) -> None:
         run_phase("phase0", distillation_file, ["preset=huge"])
 
 
+def test_an_encoder_without_a_class_token_is_refused(distillation_file: Path) -> None:
+    with pytest.raises(RecipeError, match="field 'preset': the encoder of 'siglip2-b' has no class token"):
+        run_phase("phase0", distillation_file, ["preset=siglip2-b"])
+
+
 def test_hint_distance_ignores_the_targets_mean_and_meets_at_the_coarser_grid() -> None:
     target = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0))
     centred = target - target.mean(dim=(0, 2, 3), keepdim=True)

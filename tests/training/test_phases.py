@@ -161,6 +161,7 @@ def test_full_disk_keeps_the_last_state(
     [
         ("phase3", [], RecipeError, "phase 3 starts from phase 2"),
         ("phase2", ["fusion=null"], RecipeError, "field 'fusion'"),
+        ("phase2", ["fusion.num_layers=9"], RecipeError, "field 'fusion': fusion.num_layers=9 exceeds"),
         ("phase1", ["init=null"], RecipeError, "field 'init'"),
         ("phase1", ["data.validation=[]"], RecipeError, "data.validation"),
         ("phase1", ["accumulation_steps=3"], RecipeError, "accumulation_steps"),
