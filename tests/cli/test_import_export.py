@@ -164,7 +164,7 @@ def test_export_and_import_are_inverse(run, autoencoder_folder, tmp_path):
             "--image-size 4: expected at least 8",
         ),
         (["dinov2"], "which has no decoder: import it as the encoder, beside a decoder"),
-        (["--encoder", "rae", "--new-decoder", "b"], "field 'model_type' is None, no encoder that is known"),
+        (["--encoder", "rae", "--new-decoder", "b"], "field 'model_type' is 'None', no encoder known here"),
         (["--encoder", "dinov2", "--new-decoder", "b", "--image-size", "100"], "not divisible"),
         (
             ["--encoder", "dinov2", "--decoder", "stat.pt"],
