@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from cli.errors import CommandError, UsageError, os_error_sentence
 from model.pictures import Fit
+from model.pixels import to_unit
+from service.decoding import ImageRules
 from service.errors import ServiceError
-from service.images import ImageRules, PictureFormat, read_image, write_picture
+from service.images import PictureFormat, read_image, write_picture
 from service.settings import Settings
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -90,7 +92,7 @@ def read_photo(path: Path, rules: ImageRules) -> Tensor:
     """
     data = read_file(path)
     try:
-        return read_image(data, rules).float() / 255
+        return to_unit(read_image(data, rules))
     except ServiceError as exc:
         raise UsageError(f"{path}: {exc.detail}") from exc
 

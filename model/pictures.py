@@ -1,8 +1,9 @@
-"""Pictures and tensors: the one place that decides what pixels a picture has and how it is fitted.
+"""Pictures: the one place that decides what pixels a picture has and how it is fitted.
 
 Service, command line and training all bring a decoded picture to the model's square through here:
 EXIF orientation applied, colours converted to sRGB by the embedded ICC profile where there is one,
-alpha composited on white, antialiased bicubic resize, then a crop, padding or nothing.
+alpha composited on white, antialiased bicubic resize, then a crop, padding or nothing. `model.pixels`
+makes tensors of them; PyTorch is not needed here.
 """
 
 import io
@@ -12,9 +13,7 @@ import zlib
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms
-from torch import Tensor
 
 from model.errors import ImageError
 
@@ -133,18 +132,3 @@ def fitted_size(width: int, height: int, side: int, fit: Fit) -> tuple[int, int]
         return side, side
     scale = side / (min if fit == "crop" else max)(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture to [3, H, W] float32 in [0, 1]."""
-    return to_byte_tensor(picture).float().div(255).contiguous()
-
-
-def to_byte_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture to [3, H, W] uint8: a view, whose pixels stay interleaved as the picture has them."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """[..., 3, H, W] in [0, 1] to uint8, rounded."""
-    return pixels.mul(255).round().clamp(0, 255).to(torch.uint8)

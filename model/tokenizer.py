@@ -19,6 +19,7 @@ from model.decoder import Decoder
 from model.encoder import Encoder
 from model.errors import CheckpointError, FusionError, ImageError, LatentError
 from model.fusion import Fusion
+from model.pixels import to_unit
 
 logger = logging.getLogger(__name__)
 
@@ -244,8 +245,7 @@ class Tokenizer(nn.Module):
 
     def _unit_range(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], floats or bytes, on the tokenizer's device, in its dtype and in [0, 1]."""
-        unit = images.to(self.device).to(self.dtype, memory_format=torch.contiguous_format)
-        return unit / 255 if images.dtype == torch.uint8 else unit
+        return to_unit(images.to(self.device).contiguous(), self.dtype)
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.config.latent_shape:

@@ -17,7 +17,7 @@ from fastapi import Response
 from torch import Tensor
 
 from model.metrics import psnr, ssim
-from model.pictures import to_bytes
+from model.pixels import to_bytes, to_unit
 from model.tokenizer import Tokenizer
 from service import tensors
 from service.engine import dtype_name
@@ -166,7 +166,7 @@ def _picture_dtype(options: PictureOutOptions) -> str:
 
 
 def _tensor_answer(name: str, tensor: Tensor, media_type: str, metadata: Mapping[str, str]) -> Response:
-    headers = {"shape": json.dumps(list(tensor.shape)), "dtype": dtype_name(tensor.dtype)}
+    headers = {"shape": str(list(tensor.shape)), "dtype": dtype_name(tensor.dtype)}
     if media_type == SAFETENSORS:
         content = tensors.write_safetensors(name, tensor, metadata)
     elif media_type == NPY:
@@ -190,8 +190,7 @@ def _json_pictures(
         images=[base64.b64encode(file).decode("ascii") for file in files],
     )
     if originals:
-        exact = collate(originals)
-        exact = exact.float() / 255 if exact.dtype == torch.uint8 else exact
+        exact = to_unit(collate(originals))
         decibels = psnr(pictures, exact).tolist()
         document = ReconstructionsOut(
             **document.model_dump(),

@@ -11,11 +11,11 @@ from starlette.middleware.cors import CORSMiddleware
 from model.tokenizer import Tokenizer
 from service.auth import ApiKeys
 from service.engine import Engine, Load, load_tokenizer
-from service.errors import install_handlers
 from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, TIMEOUT_HEADER, GateMiddleware, RequestMiddleware
 from service.openapi import install_openapi
 from service.pipeline import Pipeline
+from service.problems import install_handlers
 from service.routes import operations, router, service_version
 from service.settings import Settings
 from service.spans import SpanExport
@@ -69,9 +69,10 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(1)  # of the event loop's thread, whose few tensor operations are small
         engine.start()
+        await pipeline.decoders.start()
         yield
         await asyncio.to_thread(engine.close, settings.drain_timeout_s)
-        pipeline.close()
+        await pipeline.close()
         if spans is not None:
             await asyncio.to_thread(spans.close)
 
@@ -85,8 +86,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: service.metrics
     )
     app.state.pipeline = pipeline
-    app.include_router(operations)
-    app.include_router(router)
+    app.router.routes += [*operations.routes, *router.routes]  # FastAPI's own inclusion costs each request
     install_handlers(app)
     install_openapi(app, keys_required=keys.required)
     _add_middleware(app, settings, pipeline, keys, spans)

@@ -126,7 +126,8 @@ class FairQueue:
         self._served_s = 0.0
         self._changed = threading.Condition()
         self._closed = False
-        self._num_idle = 0
+        self.num_engines = 1
+        """How many take from it."""
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
@@ -144,17 +145,15 @@ class FairQueue:
     def take(self, max_items: int) -> list[Ticket]:
         """Wait for work, then remove and return up to ``max_items`` tickets that can run together.
 
-        Where other engines wait too, they are left their share.
+        Other engines are left their share, also those at work: they end before a batch of all that waits
+        would, so nothing waits longer than it must. Batches are full where more waits than all can take.
 
         Returns:
             At least one ticket, or none at all once the queue is closed and empty.
         """
         with self._changed:
-            self._num_idle += 1
             self._changed.wait_for(lambda: self._closed or len(self) > 0)
-            self._num_idle -= 1
-            share = math.ceil(len(self) / (1 + self._num_idle))
-            return self._take(min(max_items, share))
+            return self._take(min(max_items, math.ceil(len(self) / self.num_engines)))
 
     def take_full(self, max_items: int) -> list[Ticket]:
         """As `take`, without waiting: ``max_items`` tickets where the next batch has so many, else none."""

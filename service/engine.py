@@ -276,6 +276,7 @@ class Engine:
             Exception: what a worker failed with.
             UnavailableError: a batch takes so long that it would count as hung.
         """
+        self._queue.num_engines = len(runners)
         for runner in runners:
             self._watch_memory(runner.name)
             probe = partial(self._probe, runner)

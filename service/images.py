@@ -1,55 +1,21 @@
-"""Image files and tensors to the tensors that the model takes, and pictures back to image files.
+"""Images as tensors: files decoded in this process, image tensors that clients send, and picture files back.
 
-Every picture is brought to RGB [3, S, S], S the model's image size: EXIF orientation applied, colours
-converted to sRGB by the embedded ICC profile where there is one, alpha composited on white, then
-fitted. Files stay bytes, a quarter of the memory and of the copies to a device that floats would need.
-Of animations the first frame is taken. What a file may cost is judged from its header, before any
-pixel is decoded.
+Files stay bytes as tensors too, a quarter of the memory and of the copies to a device that floats need.
 """
 
 import io
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import Image
 from torch import Tensor
 
-from model.errors import ImageError as ModelImageError
-from model.pictures import (
-    DECODER_ERRORS,
-    Fit,
-    fit_picture,
-    fitted_size,
-    to_byte_tensor,
-    to_bytes,
-    to_srgb,
-    upright,
-)
-from service.errors import ImageError, MalformedError, TooLargeError
+from model.pictures import fitted_size
+from model.pixels import to_byte_tensor, to_bytes, to_unit
+from service.decoding import ImageRules, check_size, decode_image
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 
-_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "WebP": WebPImageFile,
-    "GIF": GifImageFile,
-    "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
-}
-READABLE_FORMATS = ", ".join(_OPENERS)
-
-_PNG_END = b"IEND\xaeB`\x82"
 _WRITE_OPTIONS: dict[PictureFormat, dict[str, int]] = {
     "png": {"compress_level": 6},
     "jpeg": {"quality": 95, "subsampling": 0},
@@ -57,74 +23,13 @@ _WRITE_OPTIONS: dict[PictureFormat, dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class ImageRules:
-    """What is accepted: most pixels, largest ratio of the sides, most frames; and the side and fit given."""
-
-    side: int
-    max_pixels: int
-    max_aspect_ratio: float
-    fit: Fit = "crop"
-    max_frames: int = 1000
-
-
-def sniff(data: bytes) -> str | None:
-    """Name of the image format that the first bytes announce, or None."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WebP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"BM"):
-        return "BMP"
-    if data.startswith((b"II*\0", b"MM\0*")):
-        return "TIFF"
-    return None
-
-
 def read_image(data: bytes, rules: ImageRules, name: str = "the image") -> Tensor:
     """Bytes of an image file to RGB [3, S, S] uint8, a view of interleaved pixels.
 
-    Args:
-        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file.
-        rules: limits, size and fit.
-        name: how errors call the image, such as ``image 3``.
-
     Raises:
-        MalformedError: not an image of a readable format, or a damaged one.
-        TooLargeError: more pixels or frames than allowed.
-        ImageError: too elongated, or of a pixel type that has no defined colours.
+        ServiceError: as `service.decoding.decode_image` does.
     """
-    kind = sniff(data)
-    if not data:
-        raise MalformedError(f"{_capital(name)} is empty.")
-    if kind is None:
-        raise MalformedError(f"{_capital(name)} is not an image in a readable format ({READABLE_FORMATS}).")
-    if kind == "PNG" and len(data) >= 24:  # so that a header alone is judged, whatever follows it
-        width, height = struct.unpack(">II", data[16:24])
-        _check_size(width, height, rules, name)
-    try:
-        with _OPENERS[kind](io.BytesIO(data)) as picture:
-            _check_size(*picture.size, rules, name)
-            _check_frames(picture, rules, name)
-            picture.load()
-            if kind == "PNG" and _PNG_END not in data:  # Pillow is content with the pixels
-                raise OSError("its end is missing")
-            rgb = to_srgb(upright(picture))
-    except Image.DecompressionBombError as exc:  # WebP and tiled TIFF: Pillow looks before we can
-        raise TooLargeError(
-            f"{_capital(name)} declares more pixels than can be decoded: {_reason(exc)}."
-        ) from exc
-    except ModelImageError as exc:
-        raise ImageError(f"{_capital(name)} {exc}.") from exc
-    except DECODER_ERRORS as exc:
-        raise MalformedError(
-            f"{_capital(name)} is a damaged or truncated {kind} file: {_reason(exc)}."
-        ) from exc
-    return to_byte_tensor(fit_picture(rgb, rules.side, rules.fit))
+    return to_byte_tensor(decode_image(data, rules, name))
 
 
 def read_pixels(pixels: Tensor, rules: ImageRules, name: str = "the image") -> Tensor:
@@ -137,14 +42,16 @@ def read_pixels(pixels: Tensor, rules: ImageRules, name: str = "the image") -> T
         ImageError: too elongated.
     """
     height, width = pixels.shape[1:]
-    _check_size(width, height, rules, name)
+    check_size(width, height, rules, name)
     if (height, width) == (rules.side, rules.side):
         return pixels
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255
     new_width, new_height = fitted_size(width, height, rules.side, rules.fit)
     resized = F.interpolate(
-        pixels[None], size=(new_height, new_width), mode="bicubic", align_corners=False, antialias=True
+        to_unit(pixels)[None],
+        size=(new_height, new_width),
+        mode="bicubic",
+        align_corners=False,
+        antialias=True,
     )[0].clamp(0, 1)
     top, left = round((new_height - rules.side) / 2), round((new_width - rules.side) / 2)
     if rules.fit == "pad":
@@ -159,36 +66,3 @@ def write_picture(pixels: Tensor, picture_format: PictureFormat) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, picture_format, **_WRITE_OPTIONS[picture_format])
     return buffer.getvalue()
-
-
-def _check_size(width: int, height: int, rules: ImageRules, name: str) -> None:
-    if width < 1 or height < 1:
-        raise MalformedError(f"{_capital(name)} declares a size of {width}x{height} pixels.")
-    if width * height > rules.max_pixels:
-        raise TooLargeError(
-            f"{_capital(name)} declares {width}x{height} = {width * height} pixels; "
-            f"at most {rules.max_pixels} are accepted."
-        )
-    ratio = max(width, height) / min(width, height)
-    if ratio > rules.max_aspect_ratio:
-        raise ImageError(
-            f"{_capital(name)} is {width}x{height} pixels, sides in a ratio of {ratio:.0f}; "
-            f"at most {rules.max_aspect_ratio:g} is accepted."
-        )
-
-
-def _check_frames(picture: ImageFile.ImageFile, rules: ImageRules, name: str) -> None:
-    """Of several frames only the first is decoded, but even listing many costs time."""
-    if getattr(picture, "is_animated", False) and getattr(picture, "n_frames", 1) > rules.max_frames:
-        raise TooLargeError(
-            f"{_capital(name)} has more than {rules.max_frames} frames, the most that are accepted."
-        )
-
-
-def _capital(name: str) -> str:
-    return name[:1].upper() + name[1:]
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text[:200] or type(error).__name__

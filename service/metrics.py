@@ -58,6 +58,9 @@ class Metrics:
         )
         self.request_bytes = self._histogram("request_bytes", "Bytes of a request's body.", _BYTES, "route")
         self.response_bytes = self._histogram("response_bytes", "Bytes of an answer's body.", _BYTES, "route")
+        self.decoder_failures = self._counter(
+            "decoder_failures", "Decoder processes that ended or hung, and were started again."
+        )
         self.requests_in_flight = self._gauge("requests_in_flight", "Requests being answered now.")
 
     def _add_engine_metrics(self) -> None:

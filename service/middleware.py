@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import ApiKeys
 from service.context import RequestContext
-from service.errors import InternalError, MalformedError, OptionError, UnauthorizedError, problem_response
+from service.errors import InternalError, MalformedError, OptionError, UnauthorizedError
 from service.metrics import Metrics
+from service.problems import problem_response
 from service.spans import FinishedRequest
 from service.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER, TraceContext, random_hex
 

@@ -8,10 +8,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.errors import PROBLEM_MEDIA_TYPE
 from service.middleware import PUBLIC_PATHS, TIMEOUT_HEADER, TIMEOUT_PATTERN
 from service.negotiation import JPEG, JSON, NPY, PNG, RAW, SAFETENSORS, WEBP, ZIP
 from service.payloads import IMAGE_MEDIA_TYPES
+from service.problems import PROBLEM_MEDIA_TYPE
 from service.schemas import (
     Health,
     ImagesIn,

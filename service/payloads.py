@@ -16,8 +16,9 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from model.tokenizer import Tokenizer
-from service import images, tensors
+from service import tensors
 from service.bodies import MULTIPART, split_multipart
+from service.decoding import ImageRules, sniff
 from service.errors import (
     ForeignCheckpointError,
     ImageError,
@@ -28,7 +29,7 @@ from service.errors import (
     TooLargeError,
     describe_validation,
 )
-from service.images import ImageRules
+from service.images import read_pixels
 from service.negotiation import JSON, NPY, RAW, SAFETENSORS
 from service.schemas import (
     CommonOptions,
@@ -131,15 +132,6 @@ def split_images(payload: Payload, kind: str, max_items: int) -> list[ImagePart]
     return [ImagePart(f"image {index}", file) for index, file in enumerate(files)]
 
 
-def read_images(parts: Sequence[ImagePart], rules: ImageRules) -> list[Tensor]:
-    """Image files to tensors, each [3, S, S] uint8.
-
-    Raises:
-        ServiceError: one cannot be read; the sentence names it.
-    """
-    return [images.read_image(part.data, rules, part.name) for part in parts]
-
-
 def read_raw_images(payload: Payload, options: ImageOptions, rules: ImageRules) -> list[Tensor]:
     """The images of a raw tensor body, each [3, S, S]; uint8, or float32 in [0, 1].
 
@@ -155,7 +147,7 @@ def read_raw_images(payload: Payload, options: ImageOptions, rules: ImageRules) 
         batch = _unit_range(batch.float(), options.range or "signed")
     several = len(batch) > 1
     return [
-        images.read_pixels(pixels, rules, f"image {index}" if several else "the image")
+        read_pixels(pixels, rules, f"image {index}" if several else "the image")
         for index, pixels in enumerate(batch)
     ]
 
@@ -220,7 +212,7 @@ def _body_kind(
 
 
 def _sniff_image_body(data: bytes) -> str | None:
-    if images.sniff(data) is not None:
+    if sniff(data) is not None:
         return IMAGE_FILE
     return JSON if _looks_like_json(data) else None
 

@@ -1,7 +1,7 @@
 """What every route does with a request: admit it, read it, put its items through the engine, answer.
 
-Only waiting happens on the event loop. Images are decoded and answers written in a pool of threads;
-the model runs in the engine's own.
+Only waiting happens on the event loop. Image files are decoded in processes, tensors read and answers
+written in a pool of threads; the model runs in the engine's own.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from fastapi import Request, Response
+from prometheus_client import Histogram
 from torch import Tensor
 
 from model.tokenizer import Tokenizer
@@ -21,15 +22,18 @@ from service.admission import Admission, Reservation
 from service.batching import BatchKey, Job, Operation
 from service.bodies import declared_bytes, media_type_of, read_body
 from service.context import RequestContext
+from service.decoders import Decoders
+from service.decoding import ImageRules
 from service.engine import Engine
 from service.errors import DeadlineError, DisconnectError, UnavailableError
 from service.metrics import Metrics
-from service.payloads import Payload
+from service.payloads import ImagePart, Payload
 from service.settings import Settings
 
 Parameters = ParamSpec("Parameters")
-Part = TypeVar("Part")
 Result = TypeVar("Result")
+
+MAX_DECODERS = 32
 
 
 class Pipeline:
@@ -40,17 +44,26 @@ class Pipeline:
         self.engine = engine
         self.metrics = metrics
         self.admission = Admission(settings, engine, metrics)
-        self.num_io_threads = settings.num_io_threads or len(os.sched_getaffinity(0))
-        self.io_threads = ThreadPoolExecutor(
-            self.num_io_threads,
+        cores = len(os.sched_getaffinity(0))
+        num_decoders = settings.num_decoders or min(cores, MAX_DECODERS)
+        self.decoders = Decoders(num_decoders, settings.hang_timeout_s, metrics)
+        self._io_threads = ThreadPoolExecutor(
+            settings.num_io_threads or cores,
             thread_name_prefix="drorae-io",
             initializer=torch.set_num_threads,  # the cores are the model's
             initargs=(1,),
         )
 
-    def close(self) -> None:
-        """Stop the threads once nothing uses them."""
-        self.io_threads.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """Stop decoders and threads once nothing uses them."""
+        await self.decoders.close()
+        self._io_threads.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(
+        self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result:
+        """Run a function in the pool; one that has not begun when the request ends never does."""
+        return await asyncio.wrap_future(self._io_threads.submit(function, *args, **kwargs))
 
     def ready_tokenizer(self) -> Tokenizer:
         """The tokenizer, if work is taken now.
@@ -114,7 +127,7 @@ class Call:
         self._request = request
         self._context = context
         self._place = place
-        self._route = request.url.path
+        self._route: str = request.scope["path"]
         self._watcher: asyncio.Task[None] | None = None
 
     async def read(self) -> Payload:
@@ -138,40 +151,21 @@ class Call:
         """
         self._place.resize_items(num_items)
 
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Time the block as the decoding of the body."""
-        started_s = time.monotonic()
-        try:
-            yield
-        finally:
-            ended_s = time.monotonic()
-            self._context.record("decode", started_s, ended_s)
-            self._pipeline.metrics.body_decode_seconds.labels(self._route).observe(ended_s - started_s)
-
     async def in_thread(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
-        """Run a function in the pool; one that has not begun when the request ends never does."""
-        return await asyncio.wrap_future(self._pipeline.io_threads.submit(function, *args, **kwargs))
+        """Run a function of the body in the pool of threads, timed as decoding."""
+        with self._timed("decode", self._pipeline.metrics.body_decode_seconds):
+            return await self._pipeline.in_thread(function, *args, **kwargs)
 
-    async def in_threads(
-        self, function: Callable[[Sequence[Part]], list[Result]], parts: Sequence[Part]
-    ) -> list[Result]:
-        """Run a function on shares of ``parts``, as many at a time as the pool has threads.
+    async def decode_images(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[Tensor]:
+        """Image files to tensors, each [3, S, S] uint8.
 
-        Args:
-            function: turns some parts into as many results.
-            parts: all of them.
+        Raises:
+            ServiceError: one cannot be read; the sentence names it.
         """
-        share = -(-len(parts) // self._pipeline.num_io_threads)
-        shares = [parts[start : start + share] for start in range(0, len(parts), share)]
-        calls = [self._pipeline.io_threads.submit(function, some) for some in shares]
-        try:
-            return [result for call in calls for result in await asyncio.wrap_future(call)]
-        finally:
-            for call in calls:
-                call.cancel()
+        with self._timed("decode", self._pipeline.metrics.body_decode_seconds):
+            return await self._pipeline.decoders.decode(parts, rules)
 
     async def compute(self, key: BatchKey, inputs: Sequence[Tensor]) -> Tensor:
         """Put inputs through the engine; [N, ...] float32 comes back, in order.
@@ -201,12 +195,19 @@ class Call:
 
     async def answer(self, write: Callable[[], Response], is_quick: bool = False) -> Response:
         """Write the answer: in the pool, or here where that is quicker than a thread is asked."""
+        with self._timed("encode", self._pipeline.metrics.answer_encode_seconds):
+            return write() if is_quick else await self._pipeline.in_thread(write)
+
+    @contextmanager
+    def _timed(self, stage: str, histogram: Histogram) -> Iterator[None]:
+        """Time the block as a stage of the request, and in a histogram by route."""
         started_s = time.monotonic()
-        response = write() if is_quick else await self.in_thread(write)
-        ended_s = time.monotonic()
-        self._context.record("encode", started_s, ended_s)
-        self._pipeline.metrics.answer_encode_seconds.labels(self._route).observe(ended_s - started_s)
-        return response
+        try:
+            yield
+        finally:
+            ended_s = time.monotonic()
+            self._context.record(stage, started_s, ended_s)
+            histogram.labels(self._route).observe(ended_s - started_s)
 
     def close(self) -> None:
         """Stop watching the client."""

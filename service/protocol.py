@@ -11,14 +11,9 @@ from typing import Any, ClassVar
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import (
-    PROBLEM_MEDIA_TYPE,
-    HeadersTooLargeError,
-    MalformedError,
-    ServiceError,
-    problem,
-)
+from service.errors import HeadersTooLargeError, MalformedError, ServiceError
 from service.metrics import Metrics
+from service.problems import PROBLEM_MEDIA_TYPE, problem
 from service.settings import Settings
 from service.tracing import random_hex
 

@@ -11,9 +11,9 @@ from model.tokenizer import Tokenizer
 from service import openapi
 from service.answers import Origin, latent_dtype, latents_answer, offered_pictures, pictures_answer
 from service.batching import BatchKey, Operation
+from service.decoding import ImageRules
 from service.engine import EngineState, dtype_name
 from service.errors import OptionError
-from service.images import ImageRules
 from service.metrics import METRICS_MEDIA_TYPE
 from service.negotiation import JSON, LATENT_MEDIA_TYPES, RAW, choose
 from service.options import OptionsRoute
@@ -22,7 +22,6 @@ from service.payloads import (
     declared_items,
     image_body_kind,
     latent_body_kind,
-    read_images,
     read_latents,
     read_raw_images,
     split_images,
@@ -88,8 +87,7 @@ async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -
     async with pipeline.admit(request, Operation.DECODE, num_items) as call:
         payload = await call.read()
         kind = latent_body_kind(payload, options)
-        with call.decoding():
-            batch = await call.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
+        batch = await call.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
         call.expect(len(batch.latents))
         if batch.normalized:
             _check_statistics(tokenizer)
@@ -199,15 +197,14 @@ async def _read_images(
         options.fit,
         limits.max_frames,
     )
-    with call.decoding():
-        if kind == RAW:
-            return await call.in_thread(read_raw_images, payload, options, rules)
-        if kind == IMAGE_FILE:
-            parts = split_images(payload, kind, limits.max_items_per_request)
-        else:
-            parts = await call.in_thread(split_images, payload, kind, limits.max_items_per_request)
-            call.expect(len(parts))
-        return await call.in_threads(partial(read_images, rules=rules), parts)
+    if kind == RAW:
+        return await call.in_thread(read_raw_images, payload, options, rules)
+    if kind == IMAGE_FILE:
+        parts = split_images(payload, kind, limits.max_items_per_request)
+    else:
+        parts = await call.in_thread(split_images, payload, kind, limits.max_items_per_request)
+        call.expect(len(parts))
+    return await call.decode_images(parts, rules)
 
 
 def _check_scaling(options: CommonOptions) -> None:

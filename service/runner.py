@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.capture import CapturedBuckets, bucket_for
+from model.pixels import to_unit
 from model.tokenizer import Tokenizer, finite_items
 from service.batching import BatchKey, Operation
 
@@ -180,7 +181,7 @@ class HostLaunched:
 def collate(inputs: Sequence[Tensor]) -> Tensor:
     """Items to a batch; where only some images are bytes, all become floats in [0, 1]."""
     if len({tensor.dtype for tensor in inputs}) > 1:
-        inputs = [tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor for tensor in inputs]
+        inputs = [to_unit(tensor) for tensor in inputs]
     if all(tensor.is_contiguous() for tensor in inputs):
         return torch.stack(list(inputs))
     # Pictures as decoded are interleaved, and copied so: planes are made of them where the model runs.
@@ -236,8 +237,7 @@ class CudaRunner:
             with torch.cuda.stream(self._compute):
                 began.record()
                 batch.record_stream(self._compute)
-                unit = batch.to(self._tokenizer.dtype)
-                results = self._captured[key](unit / 255 if batch.dtype == torch.uint8 else unit)
+                results = self._captured[key](to_unit(batch, self._tokenizer.dtype))
                 finite = finite_items(results)
                 ended.record()
             self._download.wait_stream(self._compute)

@@ -129,7 +129,11 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Threads that decode images and write answers, beside the model's; 0 takes one a core.",
+        description="Threads that read tensors and JSON and write answers, beside the model's; 0 takes one "
+        "a core.",
+    )
+    num_decoders: int = Field(
+        0, ge=0, le=256, description="Processes that decode image files; 0 takes one a core, up to 32."
     )
     drain_timeout_s: float = Field(
         30.0,
@@ -138,11 +142,11 @@ class Settings(BaseSettings):
         description="How long a stopping service works on what it accepted, seconds; the rest gets 503.",
     )
     hang_timeout_s: float = Field(
-        8.0,
+        7.0,
         gt=0,
         le=3600,
-        description="How long one batch may take before the engine counts as hung, seconds; the service "
-        "then answers 503 and exits with status 3.",
+        description="How long one batch, or one image's decoding, may take, seconds. After it the "
+        "engine counts as hung, and the service answers 503 and exits with status 3; a decoder is replaced.",
     )
     retry_after_s: int = Field(
         1,

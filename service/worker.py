@@ -11,17 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from model.capture import bucket_for
 from model.errors import ModelError
 from service.batching import BatchKey, FairQueue, Operation, Ticket
-from service.errors import (
-    DeadlineError,
-    DeviceMemoryError,
-    InternalError,
-    LatentsError,
-    ServiceError,
-    translate,
-)
+from service.errors import DeadlineError, DeviceMemoryError, InternalError, LatentsError, ServiceError
 from service.metrics import Metrics
+from service.problems import translate
 from service.rates import Rates
 from service.runner import Launched, Outcome, Runner
 
@@ -209,7 +204,7 @@ class Worker(threading.Thread):
     def _record(self, key: BatchKey, num_items: int, outcome: Outcome, taken_s: float) -> None:
         operation, metrics = key.operation, self._metrics
         self._queue.charge(operation, outcome.device_s)
-        bucket = min(bucket for bucket in self._runner.buckets if bucket >= num_items)
+        bucket = bucket_for(num_items, self._runner.buckets)
         metrics.batch_wait_seconds.labels(operation).observe(max(0.0, outcome.started_s - taken_s))
         metrics.device_seconds.labels(operation).observe(outcome.device_s)
         metrics.device_busy_seconds.labels(self._runner.name).inc(outcome.device_s)

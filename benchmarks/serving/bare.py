@@ -19,7 +19,8 @@ from benchmarks.provenance import ROOT
 from benchmarks.script import positive
 from benchmarks.serving.photos import read_photos
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image
+from service.decoding import ImageRules
+from service.images import read_image
 from service.settings import Settings
 
 

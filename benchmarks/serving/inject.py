@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.serving.faults_inputs import MARK_RGB
+from model.pixels import to_unit
 from model.tokenizer import Tokenizer
 from service.engine import load_tokenizer
 from service.server import run
@@ -93,7 +94,7 @@ def holds_mark(batch: Tensor) -> bool:
     if batch.ndim != 4 or batch.shape[1] != 3:
         return False
     colour = torch.tensor(MARK_RGB, device=batch.device).view(1, 3, 1, 1) / 255
-    unit = batch / 255 if batch.dtype == torch.uint8 else batch.float()
+    unit = to_unit(batch)
     distance = (unit - colour).abs().flatten(1).amax(dim=1)
     return bool((distance < _MARK_TOLERANCE).any())
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks.serving.simulated import SimulatedDevice, add_device_flag
 from model.config import TokenizerConfig
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image
+from service.decoding import ImageRules
+from service.images import read_image
 from service.settings import Settings
 from service.tensors import write_raw
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image
+from service.decoding import ImageRules
+from service.images import read_image
 
 
 @pytest.fixture

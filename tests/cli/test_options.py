@@ -57,6 +57,7 @@ def test_every_flag_reaches_its_setting(run, served):
         "request_timeout_s": 1.5,
         "max_request_timeout_s": 2.5,
         "num_io_threads": 6,
+        "num_decoders": 7,
         "drain_timeout_s": 0.5,
         "hang_timeout_s": 3.5,
         "retry_after_s": 8,

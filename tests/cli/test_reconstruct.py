@@ -9,7 +9,8 @@ from PIL import Image
 
 from model.metrics import psnr, ssim
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image
+from service.decoding import ImageRules
+from service.images import read_image
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import model.fusion
 from kernels.reference import token_norm
 from model.config import PRESETS
 from model.errors import FusionError, ImageError, LatentError, ModelError
-from model.pictures import fit_picture, to_srgb, to_tensor, upright
+from model.pictures import fit_picture, to_srgb, upright
+from model.pixels import to_tensor
 from model.tokenizer import Tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "samples"

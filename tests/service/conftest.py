@@ -37,6 +37,14 @@ def tiny_config(name: str = "tiny") -> TokenizerConfig:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_decoder() -> Iterator[None]:
+    """Of the many servers here, few decode more than an image at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRORAE_NUM_DECODERS", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny tokenizer with random weights and statistics."""

@@ -204,7 +204,7 @@ def test_unexpected_errors_are_problems_and_leak_nothing(
         raise RuntimeError("secret detail")
 
     with serve(create_app(Settings(), tokenizer)) as running:
-        monkeypatch.setattr("service.routes.read_images", fail)
+        monkeypatch.setattr("service.routes.split_images", fail)
         problem = check_problem(running.client.post("/encode", content=png), 500, "internal", "request_id")
         assert "secret" not in problem["detail"]
         monkeypatch.undo()

@@ -110,18 +110,12 @@ def test_take_full_never_waits_nor_takes_less() -> None:
     assert len(queue) == 1
 
 
-def test_engines_that_wait_are_left_their_share() -> None:
-    queue = FairQueue()
-    taken: list[list[Ticket]] = []
-    takers = [threading.Thread(target=lambda: taken.append(queue.take(8))) for _ in range(2)]
-    for taker in takers:
-        taker.start()
-    while queue._num_idle < 2:
-        pass
-    queue.put(job(ENCODE, 4))
-    for taker in takers:
-        taker.join(10)
-    assert [len(batch) for batch in taken] == [2, 2]
+def test_engines_are_left_their_share() -> None:
+    queue = filled(job(ENCODE, 5))
+    queue.num_engines = 2
+    assert [len(queue.take(8)) for _ in range(3)] == [3, 1, 1]
+    queue.put(job(ENCODE, 40))
+    assert len(queue.take(8)) == 8, "more waits than all can take"
 
 
 def test_closed_queue_gives_what_is_left_then_nothing() -> None:

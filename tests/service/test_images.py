@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from model.pictures import to_bytes
+from model.pixels import to_bytes
+from service.decoding import ImageRules, sniff
 from service.errors import ImageError, MalformedError, TooLargeError
-from service.images import ImageRules, read_image, read_pixels, sniff, write_picture
+from service.images import read_image, read_pixels, write_picture
 
 SIDE = 64
 

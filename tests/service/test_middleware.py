@@ -54,7 +54,7 @@ def test_unexpected_failures_have_the_headers_too(
         raise RuntimeError("secret detail")
 
     with serve(create_app(Settings(cors_origins=ORIGIN), tokenizer)) as running:
-        monkeypatch.setattr("service.routes.read_images", fail)
+        monkeypatch.setattr("service.routes.split_images", fail)
         response = running.client.post("/encode", content=png, headers={"Origin": ORIGIN})
         check_problem(response, 500, "internal")
         assert response.headers["traceparent"]

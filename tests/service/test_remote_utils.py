@@ -10,9 +10,10 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 from torch import Tensor
 
-from model.pictures import to_bytes
+from model.pixels import to_bytes
 from model.tokenizer import Tokenizer
-from service.images import ImageRules, read_image
+from service.decoding import ImageRules
+from service.images import read_image
 
 SIDE = 64
 

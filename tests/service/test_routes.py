@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from model.metrics import psnr, ssim
-from model.pictures import to_bytes
+from model.pixels import to_bytes
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.images import ImageRules, read_image
+from service.decoding import ImageRules
+from service.images import read_image
 from service.settings import Settings
 from service.tensors import DTYPES
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model.metrics import psnr, ssim
-from model.pictures import fit_picture, to_tensor
+from model.pictures import fit_picture
+from model.pixels import to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, encode_png, make_image, write_shard
 from training.data import decode_image
