@@ -156,6 +156,22 @@ def make_folder(path: Path) -> None:
         raise CommandError(f"{path}: cannot be written: Permission denied")
 
 
+def check_new_folder(path: Path) -> None:
+    """Refuse an output directory that holds something, before anything is read for it.
+
+    Raises:
+        UsageError: a file or a folder that is not empty is there.
+        CommandError: its parent is not writable.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, and a folder is to be written")
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path}: the folder is not empty; name a new one, or remove it first")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise CommandError(f"{path}: cannot be written: Permission denied")
+
+
 def batches(items: Sequence[Path], batch_size: int, title: str) -> Iterator[Sequence[Path]]:
     """Items in batches, with a progress bar where a person watches and there is more than one."""
     hidden = not sys.stderr.isatty() or len(items) < 2

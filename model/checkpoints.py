@@ -12,6 +12,8 @@ import os
 import shutil
 import struct
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,17 +126,12 @@ def write_checkpoint(
         OSError: the disk is full, the place not writable, or taken by something that is no
             checkpoint; nothing half-written stays behind.
     """
-    path = path.absolute()
-    _refuse_to_replace_others(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        staging.mkdir()
+    with staged_directory(path.absolute(), _refuse_to_replace_others) as staging:
         files = {}
         for part, tensors in sorted(parts.items()):
             file = staging / f"{part}.safetensors"
             save_file({name: t.contiguous() for name, t in tensors.items()}, file)
-            files[part] = {"sha256": _file_sha256(file), "num_bytes": file.stat().st_size}
+            files[part] = {"sha256": file_sha256(file), "num_bytes": file.stat().st_size}
         contents = CheckpointConfig.model_validate(
             {
                 "format": FORMAT,
@@ -146,15 +143,38 @@ def write_checkpoint(
         )
         text = contents.model_dump_json(indent=2) + "\n"
         (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
-        for part in parts:  # safetensors writes for its owner alone; a service may run as somebody else
-            shutil.copymode(staging / CONFIG_FILE, staging / f"{part}.safetensors")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return CheckpointInfo(path, config.name, digest, FORMAT_VERSION, provenance)
+
+
+@contextmanager
+def staged_directory(path: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """A directory to write into that becomes ``path`` at the end, synced to disk, or leaves nothing.
+
+    Args:
+        path: absolute; what is there goes away once the new directory is complete.
+        check: called with ``path`` first; raises where that must not be replaced.
+
+    Raises:
+        OSError: the disk is full, or the place not writable; ``path`` is as it was.
+    """
+    check(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        staging.mkdir()
+        try:
+            yield staging
+        except SafetensorError as exc:  # how that library puts a full disk
+            raise OSError(errno.EIO, f"cannot be written: {exc}", str(path)) from exc
+        for file in staging.glob("*.safetensors"):
+            # safetensors writes for its owner alone; a service may run as somebody else
+            shutil.copymode(staging / CONFIG_FILE, file)
         _sync_tree(staging)
         replace_directory(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return CheckpointInfo(path, config.name, digest, FORMAT_VERSION, provenance)
 
 
 def replace_directory(staging: Path, path: Path) -> None:
@@ -224,7 +244,7 @@ def _read_part(file: Path, record: FileRecord) -> dict[str, Tensor]:
             f"{file}: {num_bytes} bytes where {CONFIG_FILE} says {record.num_bytes}: "
             f"truncated or replaced{where}"
         )
-    if _file_sha256(file) != record.sha256:
+    if file_sha256(file) != record.sha256:
         raise CheckpointError(f"{file}: sha256 differs from {CONFIG_FILE}: the file is corrupt or replaced")
     try:
         tensors = load_file(file)
@@ -255,7 +275,8 @@ def _first_cut_tensor(file: Path, num_bytes: int) -> str:
     return f", first in tensor {min(cut)[1]!r}" if cut else ""
 
 
-def _file_sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """Digest of a file's bytes, hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -130,6 +130,9 @@ class DecoderConfig(FrozenConfig):
     mlp_width: Width = Field(4096, description="MLP hidden width.")
     patch_size: int = Field(16, ge=1, le=64, description="Output patch side, pixels.")
     layer_norm_eps: float = Field(1e-12, gt=0, description="eps of every LayerNorm.")
+    position_span: int | None = Field(
+        None, ge=1, description="Length of a side in sin-cos positions; null for one a patch (RAE)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

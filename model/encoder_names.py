@@ -16,7 +16,7 @@ Dropped, because nothing here uses it:
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from model.translation import TensorNames, affine, fused, translate, translate_b
 
 SIGLIP_POSITIONS = "embeddings.position_embedding.weight"
 SIGLIP_PATCHES = "embeddings.patch_embedding.weight"
+TransformersRelease = Literal[4, 5]
 OLD_SWIGLU = "mlp.weights_in"  # gate and value in one, gate first
 
 
@@ -95,22 +96,35 @@ def encoder_state_from_transformers(
 
 
 def encoder_state_to_transformers(
-    state_dict: Mapping[str, Tensor], config: EncoderConfig
+    state_dict: Mapping[str, Tensor], config: EncoderConfig, release: TransformersRelease = 5
 ) -> dict[str, Tensor]:
-    """Weights for the encoder of transformers 5 from those of `model.encoder.Encoder`.
+    """Weights for an encoder of transformers from those of `model.encoder.Encoder`.
 
     Args:
         state_dict: a complete state dict of ``Encoder(config)``.
         config: the encoder.
+        release: of transformers, by whose names.
 
     Returns:
         The tensors of ``Dinov2Model``, ``Dinov2WithRegistersModel``, ``SiglipVisionModel`` (whose files
-        put ``vision_model.`` before each name) or ``ViTMAEModel``, without what an import drops.
+        put ``vision_model.`` before each name, as release 4 does in memory too) or ``ViTMAEModel``, without
+        what an import drops.
     """
     foreign = translate_back(state_dict, _family(config).names, config.depth)
     if SIGLIP_POSITIONS in foreign:
         foreign[SIGLIP_POSITIONS] = foreign[SIGLIP_POSITIONS].squeeze(0)
-    return foreign
+    return foreign if release == 5 else _spelled_by_release_4(foreign, config)
+
+
+def _spelled_by_release_4(foreign: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    family = _family(config)
+    spelling = _ForeignTensors(family, "", {}, {})
+    prefix = "vision_model." if SIGLIP_POSITIONS in foreign else ""
+    spelled: dict[str, Tensor] = {}
+    for name, tensor in foreign.items():
+        old = prefix + spelling._old_name(name)
+        spelled[old] = torch.cat([spelled[old], tensor]) if old in spelled else tensor  # SwiGLU's halves
+    return spelled
 
 
 @dataclass(frozen=True)

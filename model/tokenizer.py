@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
 from kernels.reference import token_norm
-from model.checkpoints import CheckpointInfo, read_checkpoint, resolve_checkpoint, write_checkpoint
+from model.checkpoints import CheckpointInfo, Parts, read_checkpoint, resolve_checkpoint, write_checkpoint
 from model.config import TokenizerConfig
 from model.decoder import Decoder
 from model.encoder import Encoder
@@ -67,19 +67,32 @@ class Tokenizer(nn.Module):
         """
         path = resolve_checkpoint(source)
         contents = read_checkpoint(path)
-        with torch.device("meta"):
-            tokenizer = cls(contents.config)
-        tokenizer._restore_constants()
-        for part, tensors in sorted(
-            contents.parts.items()
-        ):  # statistics last: they go to the weights' device
-            tokenizer._load_part(part, tensors, path)
+        tokenizer = cls.from_parts(contents.config, contents.parts, path)
         tokenizer.checkpoint = contents.info
         for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
             if module is not None:
                 module.freeze()
         tokenizer._prepare_fusion(path, fusion, torch.device(device), dtype)
         return tokenizer.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def from_parts(cls, config: TokenizerConfig, parts: Parts, path: Path) -> Self:
+        """A tokenizer of these tensors, as float32 on the CPU and not frozen.
+
+        Args:
+            config: its architecture.
+            parts: tensors by checkpoint file, as `parts` gives them.
+            path: directory that errors name.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected or mis-shaped; names it.
+        """
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        tokenizer._restore_constants()
+        for part, tensors in sorted(parts.items()):  # statistics last: they go to the weights' device
+            tokenizer._load_part(part, tensors, path)
+        return tokenizer
 
     def save(
         self,

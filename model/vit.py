@@ -132,14 +132,20 @@ def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> Mlp | SwiGlu:
     return Mlp(width, hidden_width, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
+def sincos_positions(width: int, grid: int, span: int | None = None) -> Tensor:
     """Fixed 2-D sin-cos positions (MAE), columns in the first half of the channels.
+
+    Args:
+        width: C, divisible by 4.
+        grid: patches along a side.
+        span: how far apart the ends of a side are; by default one unit a patch, as in MAE and RAE.
 
     Returns:
         [1, 1 + grid * grid, width] float32; the class token's row is zero.
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
+    coordinates = torch.arange(grid, dtype=torch.float64) * ((span or grid) / grid)
+    angles = torch.outer(coordinates, frequencies)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
     columns = axis[None, :, :].expand(grid, -1, -1)
     rows = axis[:, None, :].expand(-1, grid, -1)

@@ -78,3 +78,41 @@ def record_difference() -> Callable[..., None]:
         assert difference <= tolerance, f"{name}: {difference:.2e} over {tolerance:.0e}"
 
     return check
+
+
+ENCODER_TYPES = {
+    "dinov2": {"encoder_patch_size": 14, "encoder_input_size": 56},
+    "siglip2": {"encoder_patch_size": 16, "encoder_input_size": 64},
+    "mae": {"encoder_patch_size": 16, "encoder_input_size": 64},
+}
+
+
+@pytest.fixture
+def siglip_as_diffusers_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 dropped the level ``vision_model``, which diffusers 0.42 still reaches through."""
+    transformers = pytest.importorskip("transformers")
+    whole = property(lambda model: model)
+    if "vision_model" not in dir(transformers.SiglipVisionModel):
+        monkeypatch.setattr(transformers.SiglipVisionModel, "vision_model", whole, raising=False)
+
+
+@pytest.fixture
+def make_autoencoder(siglip_as_diffusers_knows_it: None) -> Callable[..., Any]:
+    """Builds a random AutoencoderRAE of width 64, three blocks and a 4x4 grid; images of 64 pixels."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def make(encoder_type: str = "dinov2", **fields: Any) -> Any:
+        sizes = {
+            "encoder_hidden_size": 64,
+            "encoder_num_hidden_layers": 3,
+            "decoder_hidden_size": 48,
+            "decoder_num_hidden_layers": 2,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 40,
+        }
+        options = {**sizes, **ENCODER_TYPES[encoder_type], **fields}
+        model = diffusers.AutoencoderRAE(encoder_type=encoder_type, **options).eval()
+        _randomize(model)
+        return model
+
+    return make

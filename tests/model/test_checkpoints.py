@@ -43,7 +43,7 @@ def rewrite_part(checkpoint: Path, part: str, tensors: dict[str, torch.Tensor]) 
     """Replaces a part with a file whose size and digest are consistent with ``config.json``."""
     file = checkpoint / f"{part}.safetensors"
     save_file(tensors, file)
-    digest = model.checkpoints._file_sha256(file)
+    digest = model.checkpoints.file_sha256(file)
     edit_config(checkpoint, **{f"files__{part}": {"sha256": digest, "num_bytes": file.stat().st_size}})
 
 
@@ -202,7 +202,7 @@ def test_flipped_bit_is_found(checkpoint, position):
 def test_header_that_lies_consistently_is_named(checkpoint):
     file = checkpoint / "fusion.safetensors"
     file.write_bytes(b"not a safetensors file at all")
-    digest = model.checkpoints._file_sha256(file)
+    digest = model.checkpoints.file_sha256(file)
     edit_config(checkpoint, files__fusion={"sha256": digest, "num_bytes": file.stat().st_size})
     assert refused(checkpoint).startswith(f"{file}: not a readable safetensors file")
 
