@@ -81,11 +81,13 @@ def pull_repository(
     with _explained(repository, revision):
         try:
             return _pull(repository, revision, output, include)
-        except UNREACHABLE as exc:
+        except (*UNREACHABLE, HfHubHTTPError) as exc:
+            if isinstance(exc, HfHubHTTPError) and exc.response.status_code < 500:
+                raise
             try:
                 folder = _pull_cached(repository, revision, output, include)
             except NOT_CACHED:
-                raise exc from None
+                raise exc from exc.__cause__
             if not constants.is_offline_mode():
                 print(f"drorae: {_unreachable(exc)}; this is the copy in the cache", file=sys.stderr)
             return folder
@@ -101,10 +103,7 @@ def _pull(repository: str, revision: str | None, output: Path | None, include: S
         targets = {file: (blobs / f"{file.etag}.incomplete", blobs / file.etag) for file in missing}
         targets = {file: names for file, names in targets.items() if not names[1].exists()}
     else:
-        missing = [file for file in chosen if not file.matches(output / file.path)]
-        for file in missing:
-            _copy_cached(file, snapshot, output)
-        missing = [file for file in missing if not (output / file.path).exists()]
+        missing = [file for file in chosen if not _take_cached(file, snapshot, output)]
         targets = {file: (_hidden(output / file.path, file), output / file.path) for file in missing}
     _fetch_all(repository, resolved.resolved, targets)
     if output is not None:
@@ -118,6 +117,8 @@ def _list(repository: str, revision: str | None) -> tuple[ResolvedRevision, dict
     """The commit that a revision stands for, and its files by path."""
     api = HfApi(library_name="drorae", library_version=version("drorae"))
     try:
+        # First, since it fails at once without a network; the others try for long, or turn to the cache.
+        api.model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         resolved = api.resolve_revision(repository, revision=revision)
         return resolved, _remote_files(
             api.list_repo_tree(repository, recursive=True, revision=resolved.resolved)
@@ -146,7 +147,7 @@ def _pull_cached(repository: str, revision: str | None, output: Path | None, inc
     if output is None:
         return Path(folder)
     for path in chosen:
-        _copy_cached(listed[path], Path(folder), output)
+        _take_cached(listed[path], Path(folder), output)
     return output
 
 
@@ -198,10 +199,12 @@ def _check_room(total: int, targets: dict[RemoteFile, tuple[Path, Path]]) -> Non
         )
 
 
-def _copy_cached(file: RemoteFile, snapshot: Path, output: Path) -> None:
-    """Take a file from the cache, if it is there."""
-    if not (snapshot / file.path).is_file() or file.matches(output / file.path):
-        return
+def _take_cached(file: RemoteFile, snapshot: Path, output: Path) -> bool:
+    """Whether ``output`` has the file already, or has it now from the cache."""
+    if file.matches(output / file.path):
+        return True
+    if not (snapshot / file.path).is_file():
+        return False
     destination = output / file.path
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.partial")
@@ -210,6 +213,7 @@ def _copy_cached(file: RemoteFile, snapshot: Path, output: Path) -> None:
         os.replace(partial, destination)
     finally:
         partial.unlink(missing_ok=True)
+    return True
 
 
 def _hidden(destination: Path, file: RemoteFile) -> Path:

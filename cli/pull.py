@@ -62,13 +62,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def next_command(name: str, folder: Path) -> str:
-    """The import to type after a pull."""
+    """The command to type after a pull, by what the folder holds."""
     source = SOURCES.get(name)
-    decoders = [] if (folder / "config.json").is_file() else sorted(folder.rglob("model.pt"))
-    if len(decoders) != 1:
-        return shlex.join(["drorae", "import", str(folder), "--output", name.rpartition("/")[2]])
+    target = shlex.quote(name.rpartition("/")[2])
+    path = shlex.quote(str(folder))
+    if (folder / "encoder.safetensors").is_file():  # a checkpoint of ours
+        return f"drorae info {path}"
+    if (folder / "config.json").is_file():
+        if any(folder.glob("diffusion_pytorch_model*")):
+            return f"drorae import {path} --output {target}"
+        return f"drorae import --encoder {path} --new-decoder xl --output {target}"
     encoder = source.encoder if source and source.encoder else "ENCODER"
-    words = ["drorae", "import", str(decoders[0]), "--output", name.rpartition("/")[2]]
-    for statistics in sorted(folder.rglob(STATISTICS))[:1]:
-        words += ["--statistics", str(statistics)]
-    return f'{shlex.join(words)} --encoder "$(drorae pull {encoder})"'
+    decoder = next(iter(sorted(folder.rglob("model.pt"))), folder / "model.pt")
+    statistics = "".join(
+        f" --statistics {shlex.quote(str(file))}" for file in sorted(folder.rglob(STATISTICS))[:1]
+    )
+    return (
+        f'drorae import --encoder "$(drorae pull {encoder})" --decoder {shlex.quote(str(decoder))}'
+        f"{statistics} --output {target}"
+    )

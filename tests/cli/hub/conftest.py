@@ -1,5 +1,6 @@
 """A server that speaks the hub's protocol: listings, files, large files behind a redirect, refusals."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -63,16 +64,12 @@ class Hub:
         self.storage_url = ""
 
     def sent(self, path: str) -> list[Request]:
-        """Requests for a file's contents."""
-        return [asked for asked in self.requests if asked.method == "GET" and asked.path == path]
+        """Requests that a file's contents were sent for."""
+        return [asked for asked in self.requests if asked.num_bytes and asked.path == path]
 
     def file_requests(self) -> Counter[str]:
-        """How often each file's contents were asked for."""
-        return Counter(
-            asked.path
-            for asked in self.requests
-            if asked.method == "GET" and not asked.path.startswith("/api/")
-        )
+        """How often contents of each file were sent."""
+        return Counter(asked.path for asked in self.requests if asked.num_bytes)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -163,12 +160,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         cuts = self.hub.cuts.get(path)
         limit = self.hub.stall_at.get(path) or (cuts.pop(0) if cuts else len(data))
         body = data[start : start + limit]
-        self.wfile.write(body)
-        self.wfile.flush()
         self.record(len(body))
+        with contextlib.suppress(ConnectionError):  # a client on a full disk leaves early
+            self.wfile.write(body)
+            self.wfile.flush()
         if path in self.hub.stall_at:
             self.hub.stalled.set()
-            self.rfile.read(1)  # until the client leaves
+            with contextlib.suppress(ConnectionError):
+                self.rfile.read(1)  # until the client leaves
         self.close_connection = len(body) < len(data) - start
 
     def refuse(self, status: int, code: str, message: str) -> None:
