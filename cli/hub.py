@@ -48,6 +48,7 @@ from cli.transfer import RemoteFile, fetch, shown_bytes
 
 # The hub did not answer, or not now: what the cache holds may serve instead.
 UNREACHABLE = (OfflineModeIsEnabled, httpx2.TransportError, RevisionResolutionError)
+Targets = dict[Path, tuple[RemoteFile, Path]]  # by the final name: what, and the name until it is complete
 CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 NOT_CACHED = (LocalEntryNotFoundError, CachedRepoTreeNotFoundError, RevisionResolutionError)
 
@@ -98,13 +99,13 @@ def _pull(repository: str, revision: str | None, output: Path | None, include: S
     chosen = [listed[path] for path in choose_files(repository, list(listed), include)]
     snapshot = _snapshot(repository, resolved.resolved)
     if output is None:
-        missing = [file for file in chosen if not (snapshot / file.path).exists()]
         blobs = snapshot.parents[1] / "blobs"
-        targets = {file: (blobs / f"{file.etag}.incomplete", blobs / file.etag) for file in missing}
-        targets = {file: names for file, names in targets.items() if not names[1].exists()}
+        missing = [file for file in chosen if not (snapshot / file.path).exists()]
+        missing = [file for file in missing if not (blobs / file.etag).exists()]
+        targets = {blobs / file.etag: (file, blobs / f"{file.etag}.incomplete") for file in missing}
     else:
         missing = [file for file in chosen if not _take_cached(file, snapshot, output)]
-        targets = {file: (_hidden(output / file.path, file), output / file.path) for file in missing}
+        targets = {output / file.path: (file, _hidden(output / file.path, file)) for file in missing}
     _fetch_all(repository, resolved.resolved, targets)
     if output is not None:
         return output
@@ -169,26 +170,26 @@ def _remote_files(tree: Iterable[RepoFile | RepoFolder]) -> dict[str, RemoteFile
     return files
 
 
-def _fetch_all(repository: str, commit: str, targets: dict[RemoteFile, tuple[Path, Path]]) -> None:
+def _fetch_all(repository: str, commit: str, targets: Targets) -> None:
     """Download files one after another, the smallest first, with one progress bar."""
     if not targets:
         return
-    total = sum(file.size_bytes for file in targets)
+    total = sum(file.size_bytes for file, _ in targets.values())
     _check_room(total, targets)
     headers = {"user-agent": f"drorae/{version('drorae')}"}
     if token := get_token():
         headers["authorization"] = f"Bearer {token}"
     hidden = not sys.stderr.isatty() or bool(constants.HF_HUB_DISABLE_PROGRESS_BARS)
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, disable=hidden) as bar:
-        for file, (partial, destination) in sorted(targets.items(), key=lambda item: item[0].size_bytes):
+        for destination, (file, partial) in sorted(targets.items(), key=lambda item: item[1][0].size_bytes):
             bar.set_description(file.path.rpartition("/")[2])
             url = hf_hub_url(repository, file.path, revision=commit, endpoint=constants.ENDPOINT)
             fetch(url, headers, file, partial, destination, bar.update)
 
 
-def _check_room(total: int, targets: dict[RemoteFile, tuple[Path, Path]]) -> None:
+def _check_room(total: int, targets: Targets) -> None:
     """Refuse at once what cannot fit, instead of after gigabytes."""
-    partials = [partial for partial, _ in targets.values()]
+    partials = [partial for _, partial in targets.values()]
     have = sum(partial.stat().st_size for partial in partials if partial.exists())
     folder = next(parent for parent in partials[0].absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free

@@ -249,6 +249,23 @@ def test_a_file_that_cannot_fit_is_refused_before_it_is_fetched(hub, encoder, ho
     assert not hub.file_requests()
 
 
+def test_a_person_sees_a_progress_bar(hub, encoder, monkeypatch, run):
+    hub.cuts["model.safetensors"] = [1_000_000]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    outcome = run("pull", ENCODER)
+    assert "model.safetensors: 100%" in outcome.err
+    assert "3.15M/3.15M" in outcome.err
+
+
+def test_equal_files_are_fetched_once(hub):
+    same = b"tensors" * 1000
+    files = {"model-00001-of-00002.safetensors": same, "model-00002-of-00002.safetensors": same}
+    hub.repositories["some/twins"] = Repository(files, frozenset(files))
+    assert names(pull_repository("some/twins")) == set(files)
+    assert sum(asked.num_bytes for asked in hub.requests) == len(same)
+
+
 def test_two_pulls_of_a_file_do_not_mix(hub, encoder, home, refused):
     hub.cuts["model.safetensors"] = [1_000_000, *[0] * 9]
     refused("pull", ENCODER, status=1)
@@ -277,7 +294,6 @@ def environment(hub, home: Path) -> dict[str, str]:
 
 
 def test_an_interrupted_command_continues_in_the_next(hub, encoder, home):
-    argv = ["pull", ENCODER]
     encoder.private = True
     hub.stall_at["model.safetensors"] = 2_000_000
     command = [
