@@ -149,6 +149,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = bytes(byte ^ 255 for byte in data)
         asked = self.headers["range"] if self.hub.knows_ranges else None
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        cuts = self.hub.cuts.get(path) if self.command == "GET" else None
+        limit = self.hub.stall_at.get(path) or (cuts.pop(0) if cuts else len(data))
+        body = data[start : start + limit] if self.command == "GET" else b""
+        self.record(len(body))
         self.send_response(HTTPStatus.PARTIAL_CONTENT if asked else HTTPStatus.OK)
         for key, value in {**(headers or {}), "Content-Length": str(len(data) - start)}.items():
             self.send_header(key, value)
@@ -156,11 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if self.command == "HEAD":
-            return self.record(0)
-        cuts = self.hub.cuts.get(path)
-        limit = self.hub.stall_at.get(path) or (cuts.pop(0) if cuts else len(data))
-        body = data[start : start + limit]
-        self.record(len(body))
+            return
         with contextlib.suppress(ConnectionError):  # a client on a full disk leaves early
             self.wfile.write(body)
             self.wfile.flush()
@@ -174,13 +174,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
 
     def reply(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.record(0)  # before the answer, so that a test which has it finds the request
         self.send_response(status)
         for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        self.record(0)
 
     def record(self, num_bytes: int) -> None:
         path = self.path_asked
