@@ -20,7 +20,7 @@ EXAMPLES = """\
   drorae train phase1 --config training/recipes/mini-phase1.yaml
   drorae train phase1 --config training/recipes/mini-phase1.yaml --resume
   drorae train phase2 --config my.yaml --set optimizer.learning_rate=1e-4 --output runs/try
-  torchrun --nproc-per-node 8 -m cli.main train phase2 --config my.yaml  # on eight GPUs
+  torchrun --nproc-per-node 8 -m cli.main train phase2 --config my.yaml      on eight GPUs
 """
 
 

@@ -1,5 +1,7 @@
 """What phases 1 to 3 and joint training start from: a recipe that can be done, and the tokenizer."""
 
+from pydantic import ValidationError
+
 from model.config import PRESETS, TokenizerConfig
 from model.tokenizer import Tokenizer
 from training.errors import RecipeError
@@ -66,4 +68,7 @@ def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> T
         fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
         if fusion is None:
             raise RecipeError("field 'fusion': name a preset or give the fusion to train")
-    return source.model_copy(update={"fusion": fusion, "name": recipe.name})
+    try:  # fits the fusion to the encoder, and checks that it does
+        return TokenizerConfig(**dict(source) | {"fusion": fusion, "name": recipe.name})
+    except ValidationError as exc:
+        raise RecipeError(f"field 'fusion': {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc
