@@ -45,11 +45,12 @@ class Replicas:
         self.ddp: DistributedDataParallel | None = None
         if ranks.size > 1 and not self.sharded:
             device = next(module.parameters()).device
+            options: dict[str, Any] = {_SYNC_BUFFERS: False}  # none of ours changes
             self.ddp = DistributedDataParallel(
                 module,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 find_unused_parameters=may_leave_unused,
-                **{_SYNC_BUFFERS: False},  # none of ours changes
+                **options,
             )
             # Said of the class token, whose gradient's strides differ in a dimension of one element only.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -107,7 +108,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole(tensor: Tensor) -> Tensor:

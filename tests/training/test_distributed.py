@@ -214,15 +214,12 @@ def test_the_runs_went_through_what_they_should(runs: Runs) -> None:
     assert provenance["num_ranks"] == 2
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"), [("killed", "another rank ended"), ("raises", "none of the 12")]
-)
-def test_failing_rank_ends_the_run_with_an_error(tmp_path: Path, fault: str, message: str) -> None:
+def test_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
     recipe = write_recipes(tmp_path)["reconstruction"]
     output = tmp_path / "run"
-    result = launch(tmp_path / "jobs.json", [Job("phase1", recipe, str(output), [], fault=fault)])
+    result = launch(tmp_path / "jobs.json", [Job("phase1", recipe, str(output), [], fault="killed")])
     assert result.returncode != 0
-    assert message in result.stderr
+    assert "rank 0 of 2 gave up: another rank ended" in result.stderr
     assert torch.load(output / "state.pt", weights_only=True)["step"] == 2
     assert not (output / "checkpoint").exists()
 

@@ -214,6 +214,7 @@ def test_activation_checkpointing_changes_nothing(recipe_file: Path, tmp_path: P
     assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look
 def test_compiled_phase_equals_the_plain_one(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
