@@ -2,7 +2,7 @@
 
 The ranks are forks of one process that has loaded everything, so that torch is imported once. JSON is an
 object with ``command``, its ``options``, ``size``, and ``kill_at``: which call of the tokenizer's encoder
-kills a rank as SIGKILL does; 0 for never.
+kills a rank with SIGKILL; 0 for never. Exits with the highest status or signal number of a rank.
 """
 
 import json
@@ -36,7 +36,7 @@ def main() -> int:
             os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
             os._exit(run(job))
         children.append(pid)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in children)
 
 
 def run(job: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ def moments(items: torch.Tensor) -> FeatureMoments:
 
 def by_scipy(x: torch.Tensor, y: torch.Tensor) -> float:
     """FID's definition as it is usually written down."""
-    c1, c2 = (np.cov(items.numpy(), rowvar=False) for items in (x, y))
+    c1, c2 = (np.atleast_2d(np.cov(items.numpy(), rowvar=False)) for items in (x, y))
     root = linalg.sqrtm(c1 @ c2)
     offset = (x.mean(dim=0) - y.mean(dim=0)).square().sum().item()
     return float(offset + np.trace(c1) + np.trace(c2) - 2 * np.trace(root.real))

@@ -30,7 +30,7 @@ def test_float32_items_of_large_mean_keep_their_variance() -> None:
     for batch in items.split(7):
         moments.update(batch)
     exact = items.double()
-    torch.testing.assert_close(moments.variance, exact.var(dim=0, correction=0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.variance, exact.var(dim=0, correction=0), rtol=1e-10, atol=0)
 
 
 def test_covariance_equals_two_passes() -> None:

@@ -1,10 +1,8 @@
 """Latent statistics: against two passes, over ranks, after a kill, and in a checkpoint."""
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +12,10 @@ from safetensors.torch import load_file
 
 from model.pictures import fit_picture, to_tensor
 from model.tokenizer import Tokenizer
-from tests.training.conftest import TINY, TINY_FUSION, make_image
+from tests.training.conftest import TINY, TINY_FUSION, launch, make_image
 from training.data import decode_image
 from training.errors import DataError, TrainingError
 from training.statistics import StatisticsOptions, latent_statistics, statistics_command
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,14 +46,6 @@ def two_pass(checkpoint: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor
 
 def stored(path: Path) -> dict[str, torch.Tensor]:
     return {name: t.double() for name, t in load_file(path / "statistics.safetensors").items()}
-
-
-def launch(command: str, size: int, kill_at: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A command on several ranks, in processes of their own."""
-    job = {"command": command, "size": size, "kill_at": kill_at, "options": options}
-    text = json.dumps(job, default=str)
-    argv = [sys.executable, "-m", "tests.training.launch", text]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_stored_statistics_equal_two_passes(checkpoint: Path, bright: Path, tmp_path: Path) -> None:
@@ -118,7 +106,7 @@ def test_a_killed_run_goes_on(
     target = tmp_path / "new"
     options = {"checkpoint": checkpoint, "data": [bright], "output": target, "batch_size": 2}
     result = launch("stats", 1, kill_at=4, save_every_s=0.0, **options)
-    assert result.returncode == -9
+    assert result.returncode == signal.SIGKILL, result.stderr
     assert not target.exists()
     num_encoded = 0
     encode = Tokenizer.encode
