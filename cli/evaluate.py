@@ -1,52 +1,112 @@
-"""``drorae evaluate``: reconstruction quality over a folder or a tar of photos."""
+"""``drorae evaluate``: reconstruction quality over folders or tars of photos."""
 
 import argparse
 from pathlib import Path
 
 from cli.errors import CommandError, UsageError
-from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
+from cli.options import (
+    MODEL_FIELDS,
+    Subparsers,
+    add_command,
+    add_settings,
+    positive_int,
+    read_settings,
+    whole_number,
+)
+from model.tokenizer import LatentKind
 
 EXAMPLES = """\
   drorae evaluate --data photos/
-  drorae evaluate --checkpoint runs/phase3/checkpoint --data photos-256-val.tar --output report/
+  drorae evaluate --checkpoint runs/phase3/checkpoint --data photos-256-val.tar --latent both --output report/
+  torchrun --nproc-per-node 8 --no-python drorae evaluate --data imagenet/val --output report/
 """
+DESCRIPTION = """\
+Reconstruct every photo and print the mean PSNR and SSIM, LPIPS and rFID where their weights are
+here, and a Frechet distance in EfficientNet-Lite0 features. With --output also writes JSON, a
+Markdown table, the figures of each photo as CSV, and a grid of the worst and best; a command that
+was cut off then continues where it was when it is given again, on any number of ranks.
+"""
+METRICS = ("psnr", "ssim", "lpips", "frechet_efficientnet_lite0", "rfid")
+LATENTS: dict[str, tuple[LatentKind, ...]] = {
+    "base": ("base",),
+    "enriched": ("enriched",),
+    "both": ("base", "enriched"),
+}
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(
-        subparsers,
-        "evaluate",
-        run,
-        "PSNR and SSIM over many photos",
-        "Reconstruct every photo of a folder or tar file and print the mean PSNR and SSIM as JSON.",
-        EXAMPLES,
+        subparsers, "evaluate", run, "reconstruction quality over many photos", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR|TAR", help="the photos")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="also write the figures, those of each photo and a grid"
+        "--data", type=Path, required=True, nargs="+", metavar="DIR|TAR", help="the photos, centre-cropped"
     )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="also write the report here")
+    parser.add_argument(
+        "--latent",
+        choices=LATENTS,
+        help="reconstruct from these latents (default: enriched, where there are any)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,...",
+        help=f"of {', '.join(METRICS)} (default: all whose weights are here)",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use N photos, spread evenly (default: all)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole_number,
+        metavar="N",
+        help="processes that decode photos (default: by the device)",
+    )
+    files = parser.add_argument_group("weight files", "by default looked for where their libraries keep them")
+    files.add_argument("--inception-weights", type=Path, metavar="FILE", help="FID's Inception, for rfid")
+    files.add_argument("--vgg-weights", type=Path, metavar="FILE", help="torchvision's VGG16, for lpips")
+    files.add_argument("--lpips-weights", type=Path, metavar="FILE", help="LPIPS v0.1's vgg.pth, for lpips")
     add_settings(parser, MODEL_FIELDS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate; gives the evaluation's exit status."""
     settings = read_settings(arguments)
-    if not arguments.data.exists():
-        raise UsageError(f"{arguments.data}: there is no such folder or tar file")
+    for path in arguments.data:
+        if not path.exists():
+            raise UsageError(f"{path}: there is no such folder or tar file")
     if arguments.output is not None and arguments.output.is_file():
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
+    metrics = _read_metrics(arguments.metrics)
     try:
-        from training.evaluate import evaluate_command
+        from training.evaluate import EvaluationOptions, evaluate_command
+        from training.quality import WeightFiles
     except ModuleNotFoundError as exc:
         raise CommandError(
             f"evaluation needs the package {exc.name!r}: pip install 'drorae[training]'"
         ) from exc
     return evaluate_command(
-        settings.checkpoint,
-        arguments.data,
-        arguments.output,
-        settings.batch_size,
-        settings.device,
-        settings.fusion,
+        EvaluationOptions(
+            checkpoint=settings.checkpoint,
+            data=arguments.data,
+            output=arguments.output,
+            latents=LATENTS[arguments.latent] if arguments.latent else None,
+            metrics=metrics,
+            weights=WeightFiles(arguments.vgg_weights, arguments.lpips_weights, arguments.inception_weights),
+            limit=arguments.limit,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            fusion=settings.fusion,
+            num_workers=arguments.workers,
+        )
     )
+
+
+def _read_metrics(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise UsageError(f"--metrics {text}: expected names of {', '.join(METRICS)}, separated by commas")
+    return names

@@ -79,6 +79,24 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         raise UsageError(f"{source}: {message}, not {first['input']!r}") from exc
 
 
+def positive_int(text: str) -> int:
+    """An argument that is a whole number from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return number
+
+
+def whole_number(text: str) -> int:
+    """An argument that is a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
+    return int(text)
+
+
 def _flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 

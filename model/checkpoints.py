@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +126,60 @@ def write_checkpoint(
         OSError: the disk is full, the place not writable, or taken by something that is no
             checkpoint; nothing half-written stays behind.
     """
+
+    def fill(staging: Path) -> list[str]:
+        for part, tensors in parts.items():
+            save_file({name: t.contiguous() for name, t in tensors.items()}, staging / f"{part}.safetensors")
+        return list(parts)
+
+    return _assemble(path, config, provenance, fill)
+
+
+def write_with_statistics(
+    source: Path, target: Path, mean: Tensor, var: Tensor, provenance: dict[str, Any]
+) -> CheckpointInfo:
+    """Copy a checkpoint, with latent statistics; its weight files stay the same byte for byte.
+
+    Args:
+        source: a checkpoint directory.
+        target: where the new one goes, complete or not at all; replaces a checkpoint that is there, which
+            may be the source.
+        mean, var: of the enriched latents per position, each [C, h, w].
+        provenance: of the statistics: joins the checkpoint's own as its entry ``statistics``.
+
+    Raises:
+        CheckpointError: the source is missing, corrupt or foreign; names the file.
+        OSError: the disk is full, or the target not writable; the target is as it was.
+    """
+    config, _ = _read_config(source / CONFIG_FILE)
+    kept = {part: record for part, record in config.files.items() if part != "statistics"}
+
+    def fill(staging: Path) -> list[str]:
+        for part, record in kept.items():
+            name = f"{part}.safetensors"
+            shutil.copyfile(source / name, staging / name)
+            if file_sha256(staging / name) != record.sha256:
+                raise CheckpointError(
+                    f"{source / name}: sha256 differs from {CONFIG_FILE}: the file is corrupt"
+                )
+        tensors = {"mean": mean.float().cpu().contiguous(), "var": var.float().cpu().contiguous()}
+        save_file(tensors, staging / "statistics.safetensors")
+        return [*kept, "statistics"]
+
+    return _assemble(target, config.tokenizer, {**config.provenance, "statistics": provenance}, fill)
+
+
+def _assemble(
+    path: Path,
+    config: TokenizerConfig,
+    provenance: dict[str, Any],
+    fill: Callable[[Path], Collection[str]],
+) -> CheckpointInfo:
+    """Let ``fill`` write the part files into a directory, which then takes the checkpoint's place."""
     with staged_directory(path.absolute(), _refuse_to_replace_others) as staging:
         files = {}
-        for part, tensors in sorted(parts.items()):
+        for part in sorted(fill(staging)):
             file = staging / f"{part}.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
             files[part] = {"sha256": file_sha256(file), "num_bytes": file.stat().st_size}
         contents = CheckpointConfig.model_validate(
             {

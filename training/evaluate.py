@@ -1,10 +1,8 @@
-"""Reconstruction quality over a set of images: PSNR and SSIM, per image and on average."""
+"""Evaluation: PSNR and SSIM for training's validation, and all that ``drorae evaluate`` does."""
 
-import csv
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,12 +13,18 @@ from kernels.dispatch import FusionSetting
 from model.metrics import psnr, ssim
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import evaluation_batches
+from training.distributed import Ranks, current, process_group
 from training.errors import DataError
+from training.evaluation_report import Report, write_report
 from training.optimization import resolve_device
-from training.pictures import reconstruction_grid, save_image
+from training.passes import RANKS_TIMEOUT_S, SAVE_EVERY_S, PassConfig, default_workers, spread_samples
+from training.quality import Metrics, WeightFiles, measure_quality
+from training.shards import ShardStore, listing_digest
 from training.sources import list_samples
 
 logger = logging.getLogger(__name__)
+
+STATE_FOLDER = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -85,38 +89,78 @@ def evaluate_tokenizer(
     )
 
 
-def evaluate_command(
-    checkpoint: str,
-    data: Path,
-    output: Path | None = None,
-    batch_size: int = 25,
-    device: str = "auto",
-    fusion: FusionSetting = "auto",
-) -> int:
-    """``drorae evaluate``: prints the means; with ``output`` writes JSON, a CSV of images and a grid.
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of ``drorae evaluate``; see its help.
+
+    Attributes:
+        latents: to reconstruct by way of; None for the enriched one, or what the checkpoint has.
+        metrics: names of `training.quality.METRICS`; None for every one whose weights are here.
+        limit: images used at most, spread over the data; None for all.
+        num_workers: processes that decode images; None for what suits the device.
+        save_every_s: how often unfinished work is kept, seconds.
+    """
+
+    checkpoint: str
+    data: list[Path]
+    output: Path | None = None
+    latents: tuple[LatentKind, ...] | None = None
+    metrics: tuple[str, ...] | None = None
+    weights: WeightFiles = field(default_factory=WeightFiles)
+    limit: int | None = None
+    batch_size: int = 25
+    device: str = "auto"
+    fusion: FusionSetting = "auto"
+    num_workers: int | None = None
+    save_every_s: float = SAVE_EVERY_S
+
+
+def evaluate_command(options: EvaluationOptions) -> int:
+    """``drorae evaluate``: prints the figures as JSON; with an output folder writes the whole report.
+
+    A run that was cut off goes on, on any number of ranks: its work so far is in the output folder.
 
     Raises:
         TrainingError, model.errors.ModelError: one sentence that names what is at fault.
     """
-    tokenizer = Tokenizer.load(checkpoint, device=resolve_device(device), fusion=fusion)
-    report = evaluate_tokenizer(tokenizer, [data], batch_size)
-    summary = {
-        "checkpoint": tokenizer.config.name,
-        "checkpoint_sha256": tokenizer.checkpoint.sha256 if tokenizer.checkpoint else None,
-        "num_images": len(report.per_image),
-        "num_broken_images": report.num_broken,
-        "psnr_db": round(report.psnr_db, 4),
-        "ssim": round(report.ssim, 5),
+    with process_group(options.device, RANKS_TIMEOUT_S):
+        return _run_evaluation(options, current())
+
+
+def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
+    tokenizer = Tokenizer.load(
+        options.checkpoint, device=resolve_device(options.device), fusion=options.fusion
+    )
+    assert tokenizer.checkpoint is not None
+    latents = _choose_latents(tokenizer, options.latents)
+    metrics = Metrics(options.metrics, options.weights, tokenizer.device)
+    samples = spread_samples(list_samples(options.data), options.limit)
+    workers = default_workers(tokenizer.device) if options.num_workers is None else options.num_workers
+    config = PassConfig(
+        tokenizer.config.image_size, options.batch_size, "evaluate", workers, options.save_every_s
+    )
+    identity = {
+        "checkpoint": tokenizer.checkpoint.sha256,
+        "data": listing_digest(samples),
+        "latents": latents,
+        "metrics": [*metrics.columns, *(network.column for network in metrics.networks)],
     }
-    logger.info("evaluated %s", summary)
-    print(json.dumps(summary, indent=2))  # noqa: T201 - the command's own output
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        with (output / "images.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["image", "psnr_db", "ssim"])
-            writer.writerows((key, f"{p:.4f}", f"{s:.5f}") for key, p, s in report.per_image)
-        grid = reconstruction_grid([report.originals, report.reconstructions], ["original", "reconstruction"])
-        save_image(grid, output / "grid.png")
+    store = ShardStore(options.output and options.output / STATE_FOLDER, identity)
+    quality = measure_quality(tokenizer, samples, latents, metrics, config, store, ranks)
+    if ranks.is_main:
+        report = Report(tokenizer, samples, metrics, quality)
+        if options.output is not None:
+            write_report(report, options.output)
+            store.remove()
+        print(report.json())  # noqa: T201 - the command's own output
     return 0
+
+
+def _choose_latents(tokenizer: Tokenizer, wanted: tuple[LatentKind, ...] | None) -> tuple[LatentKind, ...]:
+    if tokenizer.fusion is not None:
+        return wanted or ("enriched",)
+    if wanted is not None and "enriched" in wanted:
+        raise DataError(
+            f"checkpoint {tokenizer.config.name!r} has no fusion, so no enriched latents: use base"
+        )
+    return ("base",)

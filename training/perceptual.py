@@ -155,6 +155,24 @@ def perceptual_name(config: LossConfig) -> str:
     return LPIPS_NAME if _find_vgg(config) and _find_lpips(config) else NAME
 
 
+def find_lpips(vgg_weights: Path | None = None, lpips_weights: Path | None = None) -> tuple[Path, Path]:
+    """VGG16's and LPIPS's weight files: those given, else torch hub's cached one and the lpips package's.
+
+    Raises:
+        WeightsError: one of them is nowhere; says how to name it.
+    """
+    config = LossConfig(vgg_weights=vgg_weights, lpips_weights=lpips_weights)
+    vgg, lpips = _find_vgg(config), _find_lpips(config)
+    if vgg is None:
+        raise WeightsError(f"lpips needs VGG16's weights: name torchvision's {VGG_FILE} with --vgg-weights")
+    if lpips is None:
+        raise WeightsError(
+            "lpips needs its linear heads: name lpips/weights/v0.1/vgg.pth with --lpips-weights, "
+            "or install the lpips package"
+        )
+    return vgg, lpips
+
+
 def _find_vgg(config: LossConfig) -> Path | None:
     default = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
     return config.vgg_weights or (default if default.exists() else None)

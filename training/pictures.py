@@ -13,23 +13,39 @@ GAP = 4
 LABEL_HEIGHT = 18
 
 
-def reconstruction_grid(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
+def reconstruction_grid(
+    rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[Sequence[str]] | None = None
+) -> Image.Image:
     """One labelled row a stage, one column an image.
 
     Args:
         rows: tensors [B, 3, S, S] in [0, 1], the same B and S.
         labels: a name for each row.
+        captions: for each row a line below each of its images, cut to the image's width; empty for none.
     """
     num_columns, _, side, _ = rows[0].shape
+    captions = captions or [()] * len(rows)
     width = num_columns * (side + GAP) + GAP
-    grid = Image.new("RGB", (width, len(rows) * (side + GAP + LABEL_HEIGHT) + GAP), "white")
+    heights = [LABEL_HEIGHT + side + GAP + LABEL_HEIGHT * bool(row) for row in captions]
+    grid = Image.new("RGB", (width, sum(heights) + GAP), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
-        top = GAP + row * (side + GAP + LABEL_HEIGHT)
+    top = GAP
+    for images, label, below, height in zip(rows, labels, captions, heights, strict=True):
         draw.text((GAP, top + 2), label, fill="black")
         for column, image in enumerate(images):
             grid.paste(to_image(image), (GAP + column * (side + GAP), top + LABEL_HEIGHT))
+        for column, text in enumerate(below):
+            place = (GAP + column * (side + GAP), top + LABEL_HEIGHT + side + 2)
+            draw.text(place, _cut(draw, text, side), fill="black")
+        top += height
     return grid
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The text's beginning, as far as it fits."""
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    return text
 
 
 def to_image(pixels: Tensor) -> Image.Image:

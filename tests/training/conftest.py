@@ -1,8 +1,12 @@
 """Small real parts for the training tests: photos-like images, a tiny encoder, a recipe."""
 
 import io
+import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from PIL import Image
 from model.config import DecoderConfig, EncoderConfig, FusionConfig, TokenizerConfig
 from model.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[2]
 TINY = TokenizerConfig(
     name="tiny",
     image_size=32,
@@ -95,3 +100,11 @@ def recipe_file(tmp_path: Path, photos: Path, encoder_checkpoint: Path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     return file
+
+
+def launch(command: str, size: int, kill_at: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command on several ranks, in processes of their own."""
+    job = {"command": command, "size": size, "kill_at": kill_at, "options": options}
+    text = json.dumps(job, default=str)
+    argv = [sys.executable, "-m", "tests.training.launch", text]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

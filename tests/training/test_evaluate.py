@@ -1,23 +1,30 @@
-"""Evaluation, latent statistics, the linear probe and pictures, on a tiny tokenizer."""
+"""Evaluation, the linear probe and pictures, on a tiny tokenizer."""
 
 import csv
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from model.metrics import psnr, ssim
 from model.pictures import fit_picture
-from model.pixels import to_tensor
+from model.pixels import to_bytes, to_tensor
 from model.tokenizer import Tokenizer
-from tests.training.conftest import TINY, TINY_FUSION, encode_png, make_image, write_shard
+from tests.training.conftest import TINY, TINY_FUSION, encode_png, launch, make_image, write_shard
 from training.data import decode_image
-from training.errors import DataError
-from training.evaluate import evaluate_command, evaluate_tokenizer
+from training.errors import DataError, WeightsError
+from training.evaluate import EvaluationOptions, evaluate_command, evaluate_tokenizer
+from training.feature_networks import EfficientNetFeatures
+from training.frechet import frechet_distance
+from training.moments import FeatureMoments
+from training.perceptual import VGG_STAGES, Lpips
 from training.pictures import reconstruction_grid, to_image
 from training.probe import linear_probe
-from training.statistics import latent_statistics
+from training.quality import WeightFiles
 
 
 @pytest.fixture
@@ -54,27 +61,173 @@ def test_only_broken_images_is_an_error(tokenizer: Tokenizer, tmp_path: Path) ->
         evaluate_tokenizer(tokenizer, [tmp_path])
 
 
-def test_command_writes_json_rows_and_a_grid(
-    tokenizer: Tokenizer, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    return tokenizer.save(tmp_path / "checkpoint").path
+
+
+def evaluate(checkpoint: Path, photos: Path, output: Path | None = None, **options: Any) -> int:
+    return evaluate_command(EvaluationOptions(str(checkpoint), [photos], output, device="cpu", **options))
+
+
+def test_command_writes_json_a_table_rows_and_a_grid(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    info = tokenizer.save(tmp_path / "checkpoint")
-    assert evaluate_command(str(info.path), photos, tmp_path / "report", device="cpu") == 0
-    summary = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    report = tmp_path / "report"
+    assert evaluate(checkpoint, photos, report, latents=("base", "enriched"), batch_size=5) == 0
+    summary = json.loads((report / "evaluation.json").read_text())
     assert summary == json.loads(capsys.readouterr().out)
-    assert summary["checkpoint_sha256"] == info.sha256
-    with (tmp_path / "report" / "images.csv").open() as stream:
-        assert len(list(csv.DictReader(stream))) == summary["num_images"] == 12
-    assert (tmp_path / "report" / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert summary["checkpoint_sha256"] == Tokenizer.load(checkpoint).checkpoint.sha256
+    with (report / "images.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert summary["num_images"] == 12
+    for latent in ("base", "enriched"):
+        own = [row for row in rows if row["latent"] == latent]
+        means = summary["results"][latent]
+        assert len(own) == 12
+        assert means["psnr_db"] == pytest.approx(sum(float(row["psnr_db"]) for row in own) / 12, abs=2e-3)
+        assert means["ssim"] == pytest.approx(sum(float(row["ssim"]) for row in own) / 12, abs=2e-5)
+        assert means["frechet_efficientnet_lite0"] > 0
+    table = (report / "evaluation.md").read_text()
+    assert "| latent | PSNR, dB | SSIM | Frechet, EfficientNet-Lite0 |" in table
+    assert f"| base | {summary['results']['base']['psnr_db']}" in table
+    assert "12 images, fewer than its 1280 features, the distance is biased upwards" in table
+    assert "FID" not in "".join(summary["results"]["base"])
+    assert sorted(file.name for file in report.iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+        "grid.png",
+        "images.csv",
+    ]
 
 
-def test_statistics_equal_the_two_pass_result(tokenizer: Tokenizer, photos: Path) -> None:
-    latents = tokenizer.encode(fitted(photos)).double()
-    mean, var = latent_statistics(tokenizer, [photos])
-    torch.testing.assert_close(mean.double(), latents.mean(dim=0), rtol=0, atol=1e-6)
-    torch.testing.assert_close(var.double(), latents.var(dim=0, correction=0), rtol=0, atol=1e-6)
-    tokenizer.set_statistics(mean, var)
-    normalized = tokenizer.encode(fitted(photos), normalize=True)
-    assert normalized.mean(dim=0).abs().max() < 1e-4
+def test_means_and_distance_equal_those_of_all_images_at_once(
+    tokenizer: Tokenizer, checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(checkpoint, photos, batch_size=5)
+    found = json.loads(capsys.readouterr().out)["results"]["enriched"]
+    images = fitted(photos)
+    decoded = tokenizer.reconstruct(images)
+    assert found["psnr_db"] == pytest.approx(psnr(decoded, images).mean().item(), abs=1e-3)
+    assert found["ssim"] == pytest.approx(ssim(decoded, images).mean().item(), abs=1e-5)
+    network = EfficientNetFeatures(torch.device("cpu"))
+    sides = []
+    for batch in (images, decoded):
+        sides.append(FeatureMoments(network.width))
+        sides[-1].update(network.features(to_bytes(batch)))
+    assert found["frechet_efficientnet_lite0"] == pytest.approx(frechet_distance(*sides), rel=1e-3)
+
+
+def test_grid_shows_the_worst_and_the_best(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    """Pictures of the grid, found again by their pixels."""
+    report = tmp_path / "report"
+    evaluate(checkpoint, photos, report, metrics=("psnr",))
+    with (report / "images.csv").open() as stream:
+        ranked = sorted(csv.DictReader(stream), key=lambda row: float(row["psnr_db"]))
+    with Image.open(report / "grid.png") as grid:
+        cells = {name: grid.crop((4, top, 36, top + 32)) for name, top in (("worst", 22), ("best", 166))}
+    for name, row in (("worst", ranked[0]), ("best", ranked[-1])):
+        expected = fit_picture(decode_image((photos / f"{row['image']}.png").read_bytes()), 32)
+        assert cells[name].tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_give_what_one_rank_gives(
+    checkpoint: Path, photos: Path, tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "02.png").write_bytes(b"text")
+    evaluate(checkpoint, photos, tmp_path / "one", batch_size=4)
+    expected = json.loads(capsys.readouterr().out)
+    result = launch(
+        "evaluate", size, checkpoint=checkpoint, data=[photos], output=tmp_path / "many", batch_size=2
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    for name, value in expected.pop("results")["enriched"].items():
+        assert found["results"]["enriched"][name] == pytest.approx(value, rel=1e-4)
+    del found["results"]
+    assert found == expected
+    assert found["num_broken_images"] == 1
+    keys = [[row.split(",")[0] for row in (tmp_path / n / "images.csv").open()] for n in ("one", "many")]
+    assert keys[0] == keys[1]
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    checkpoint: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"checkpoint": checkpoint, "data": [photos], "output": tmp_path / "report", "batch_size": 2}
+    result = launch("evaluate", 1, kill_at=4, save_every_s=0.0, **options)
+    assert result.returncode == signal.SIGKILL, result.stderr
+    evaluate(checkpoint, photos, tmp_path / "whole", batch_size=2)
+    expected = json.loads(capsys.readouterr().out)
+    sizes: list[int] = []
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, images: torch.Tensor, *args: Any) -> torch.Tensor:
+        sizes.append(len(images))
+        return encode(self, images, *args)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    evaluate(checkpoint, photos, tmp_path / "report", batch_size=2)
+    assert sizes[:-2] == [2, 2, 2], "six images were done; the grid's two passes follow"
+    found = json.loads(capsys.readouterr().out)
+    for name, value in expected["results"]["enriched"].items():
+        assert found["results"]["enriched"][name] == pytest.approx(value, rel=1e-6)
+    assert not (tmp_path / "report" / ".unfinished").exists()
+
+
+def test_what_cannot_be_measured_is_said(
+    checkpoint: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    evaluate(checkpoint, photos, limit=3)
+    skipped = json.loads(capsys.readouterr().out)["not_measured"]
+    assert "VGG16" in skipped["lpips"]
+    assert "rfid needs" in skipped["rfid"]
+    for name in ("lpips", "rfid"):
+        with pytest.raises(WeightsError, match=f"{name} needs"):
+            evaluate(checkpoint, photos, metrics=("psnr", name))
+
+
+def test_lpips_of_given_weights(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    vgg, heads, index = {}, {}, 0
+    width = 3
+    for number, widths in enumerate(VGG_STAGES):
+        index += number > 0
+        for next_width in widths:
+            vgg[f"features.{index}.weight"] = torch.randn(next_width, width, 3, 3) / (9 * width) ** 0.5
+            vgg[f"features.{index}.bias"] = torch.zeros(next_width)
+            width, index = next_width, index + 2
+        heads[f"lin{number}.model.1.weight"] = torch.rand(1, width, 1, 1)
+    torch.save(vgg, tmp_path / "vgg16.pth")
+    torch.save(heads, tmp_path / "vgg.pth")
+    files = WeightFiles(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    evaluate(checkpoint, photos, metrics=("lpips",), weights=files, limit=3)
+    summary = json.loads(capsys.readouterr().out)
+    images = fitted(photos)[[0, 4, 8]]
+    decoded = Tokenizer.load(checkpoint).reconstruct(images)
+    expected = Lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(decoded, images).mean().item()
+    assert summary["results"]["enriched"] == {"lpips_vgg": pytest.approx(expected, abs=1e-4)}
+
+
+def test_a_tokenizer_without_fusion_has_base_latents_alone(
+    encoder_checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(encoder_checkpoint, photos, metrics=("psnr",))
+    assert list(json.loads(capsys.readouterr().out)["results"]) == ["base"]
+    with pytest.raises(DataError, match="has no fusion"):
+        evaluate(encoder_checkpoint, photos, latents=("base", "enriched"))
 
 
 def test_probe_separates_what_is_separable(tokenizer: Tokenizer, tmp_path: Path) -> None:
