@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cli import decode, encode, evaluate, info, reconstruct, serve, train
+from cli import analyze, decode, encode, evaluate, info, reconstruct, serve, train
 from cli.errors import EXIT_FAILED, describe
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = (serve, reconstruct, encode, decode, info, evaluate, train)
+COMMANDS = (serve, reconstruct, encode, decode, info, evaluate, analyze, train)
 DESCRIPTION = "Turn images into DRoRAE latents and back: as files, as an HTTP service, or train the model."
 EPILOG = """\
 first steps:
