@@ -59,7 +59,8 @@ class Analysis:
     Attributes:
         tokenizer, base: the checkpoint, and the one whose decoder also decodes z_base.
         spectra: by reconstruction: ``base``, ``base_checkpoint``, ``enriched``; those that apply.
-        router: moments of each fused layer's weights, and of its share of the energy w^2; or None.
+        router: moments of each fused layer's weights w; None without a router.
+        router_unit: the same of ``w / |w|``, as the energy normalisation leaves them.
         components: covariance of each latent.
         angles: histograms of the cosines between latents, by name.
         norms: histograms of norms per token, in units of sqrt(C).
@@ -75,7 +76,7 @@ class Analysis:
         has_router = config.fusion is not None and config.fusion.mixer == "experts"
         num_layers = len(config.fused_layers)
         self.router = Moments(num_layers) if has_router else None
-        self.router_energy = Moments(num_layers) if has_router else None
+        self.router_unit = Moments(num_layers) if has_router else None
         latents = ("z_base", "z_fuse", "z_final") if config.fusion else ("z_base",)
         self.components = {name: Covariance(config.encoder.width) for name in latents}
         self.angles = {name: Histogram(-1, 1, 400) for name in COSINES if config.fusion}
@@ -95,11 +96,9 @@ class Analysis:
         self._update_spectra(images, latents.tokens)
         self._update_tokens(latents.tokens)
         weights = latents.router_weights
-        if weights is not None and self.router is not None and self.router_energy is not None:
-            rows = weights.double().flatten(0, 1)
-            self.router.update(rows)
-            energy = rows.square()
-            self.router_energy.update(energy / energy.sum(dim=1, keepdim=True).clamp(min=1e-300))
+        if weights is not None and self.router is not None and self.router_unit is not None:
+            self.router.update(weights.flatten(0, 1))
+            self.router_unit.update(F.normalize(weights.double(), dim=-1).flatten(0, 1))
         for index in shown:
             tokens = {name: t[index].float().cpu() for name, t in latents.tokens.items()}
             router_weights = None if weights is None else weights[index].float().cpu()

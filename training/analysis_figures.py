@@ -3,36 +3,32 @@
 Shape legend: N tokens, C latent width, L fused layers, h w latent grid, S image side.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.analysis_spectra import band_centres
-from training.files import write_atomically
+from training.figures import save_figure
 from training.streaming import Histogram
 
 if TYPE_CHECKING:
     from training.analysis import Analysis
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-DPI = 100
 TILE_INCHES = 0.95
 DIVERGING = "RdBu_r"
 LABELS = {
     "base": "base latents",
-    "base_checkpoint": "base latents,\nbase checkpoint's decoder",
+    "base_checkpoint": "base, by its own decoder",
     "enriched": "enriched latents",
 }
 
@@ -60,16 +56,9 @@ def draw_figures(analysis: "Analysis", output: Path) -> list[str]:
     drawings["components.png"] = draw_components
     drawings["tokens.png"] = draw_tokens
     for name, draw in drawings.items():
-        save_figure(draw(analysis), output / name)
+        # A map of noise does not compress: fewer pixels keep it fit for a repository.
+        save_figure(draw(analysis), output / name, dpi=80 if name == "spectra.png" else 100)
     return list(drawings)
-
-
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write a PNG atomically and close the figure; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
-    write_atomically(file, buffer.getvalue())
 
 
 def draw_spectra(analysis: "Analysis") -> Figure:
@@ -77,7 +66,7 @@ def draw_spectra(analysis: "Analysis") -> Figure:
     parts = analysis.spectra
     limit = max(float(torch.quantile(part.map.abs().flatten()[::7], 0.995)) for part in parts.values())
     figure, axes = plt.subplots(
-        1, len(parts) + 1, figsize=(3.0 * len(parts) + 3.6, 3.3), layout="constrained", squeeze=False
+        1, len(parts) + 1, figsize=(2.7 * len(parts) + 3.6, 3.2), layout="constrained", squeeze=False
     )
     maps = list(axes[0, :-1])
     for place, (name, part) in zip(maps, parts.items(), strict=True):
@@ -87,21 +76,25 @@ def draw_spectra(analysis: "Analysis") -> Figure:
         place.set_title(f"{LABELS[name]}\nmean |deviation| {part.deviation:.3f}", fontsize=9)
         place.set(xticks=[-0.5, 0, 0.5], yticks=[-0.5, 0, 0.5])
         place.tick_params(labelsize=7)
-    figure.colorbar(shown, ax=maps, shrink=0.8, label="log magnitude, reconstruction - original")
+    figure.colorbar(shown, ax=maps, shrink=0.8, label="log |FFT| less the original's")
     profile = axes[0, -1]
     for name, part in parts.items():
         profile.plot(band_centres().numpy(), part.profile().numpy(), label=LABELS[name], marker=".")
     profile.axhline(0, color="black", linewidth=0.8)
-    profile.set(xlabel="radial frequency, cycles per pixel", ylabel="mean difference of log magnitude")
+    profile.set(xlabel="cycles per pixel", ylabel="mean difference")
     profile.legend(fontsize=7)
     profile.grid(alpha=0.3)
     return figure
 
 
 def draw_router_maps(analysis: "Analysis") -> Figure:
-    """Router weights of each fused layer over a few photos; one colour scale for all."""
+    """Router weights ``w / |w|`` of each fused layer over a few photos; one colour scale for all."""
     layers = analysis.tokenizer.config.fused_layers
-    maps = [_grid(analysis, p.router_weights) for p in analysis.shown if p.router_weights is not None]
+    maps = [
+        _grid(analysis, F.normalize(p.router_weights, dim=-1))
+        for p in analysis.shown
+        if p.router_weights is not None
+    ]
     limit = float(np.quantile(np.abs(np.stack(maps)), 0.995))
     figure, axes = _tiles(len(maps), len(layers) + 1)
     for row, (pictures, weights_hwL) in enumerate(zip(analysis.shown, maps, strict=True)):
@@ -112,27 +105,26 @@ def draw_router_maps(analysis: "Analysis") -> Figure:
             )
             if row == 0:
                 axes[row, index + 1].set_title(f"L{layer}", fontsize=9)
-    figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01, label="router weight")
+    figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01, label="router weight, w / |w|")
     return figure
 
 
 def draw_router_layers(analysis: "Analysis") -> Figure:
     """Mean, spread and sign of each layer's router weights over all tokens."""
-    router, energy = analysis.router, analysis.router_energy
+    router, unit = analysis.router, analysis.router_unit
     assert router is not None
-    assert energy is not None
+    assert unit is not None
     names = [f"L{layer}" for layer in analysis.tokenizer.config.fused_layers]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.0), layout="constrained")
-    mean = router.mean.numpy()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.0), layout="constrained")
+    mean = unit.mean.numpy()
     colours = ["tab:red" if value >= 0 else "tab:blue" for value in mean]
-    left.bar(names, mean, yerr=router.std.numpy(), color=colours, ecolor="gray", capsize=2)
+    left.bar(names, mean, yerr=unit.std.numpy(), color=colours, ecolor="gray", capsize=2)
     left.axhline(0, color="black", linewidth=0.8)
-    left.set(ylabel="router weight, mean and deviation")
-    middle.bar(names, router.negative_share.numpy(), color="tab:blue")
-    middle.set(ylabel="share of negative weights", ylim=(0, 1))
-    right.bar(names, energy.mean.numpy(), color="tab:gray")
-    right.set(ylabel="share of the energy, w² / Σ w²")
-    for axes in (left, middle, right):
+    left.set(ylabel="w / |w|, mean and deviation")
+    right.bar(names, router.negative_share.numpy(), color="tab:blue")
+    right.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    right.set(ylabel="share of negative weights", ylim=(0, 1))
+    for axes in (left, right):
         axes.tick_params(axis="x", labelsize=7)
         axes.grid(axis="y", alpha=0.3)
     return figure

@@ -22,7 +22,10 @@ DEFINITIONS = {
     "spectra.base": "z_base through the analyzed checkpoint's decoder",
     "spectra.base_checkpoint": "z_base through the base checkpoint's decoder, which was trained on it",
     "spectra.enriched": "z_final through the analyzed checkpoint's decoder",
-    "router": "weights w over all tokens; energy_share: w_k^2 / sum w^2; negative_share: of tokens",
+    "router": (
+        "weights w over all tokens; unit: w / |w|, on which alone the latent depends; "
+        "negative_share: of tokens; energy_share: mean of w_k^2 / |w|^2"
+    ),
     "components": "principal components over all tokens, one basis a latent; shares of its variance",
     "norms": "per token, in units of sqrt(C); the latents themselves leave LN_bb with 1, whatever was fused",
 }
@@ -58,7 +61,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         "num_images": summary["num_images"],
         "spectrum_deviation": {name: part["mean_absolute_deviation"] for name, part in spectra.items()},
         "psnr_db": {name: part["psnr_db"] for name, part in spectra.items()},
-        "router_mean": router and {row["layer"]: row["mean"] for row in router},
+        "router_unit_mean": router and {row["layer"]: row["unit_mean"] for row in router},
         "cosines": summary["cosines"] and {name: part["mean"] for name, part in summary["cosines"].items()},
         "not_applicable": summary["not_applicable"],
     }
@@ -91,8 +94,8 @@ def _spectra(analysis: "Analysis") -> dict[str, Any]:
 
 
 def _router(analysis: "Analysis") -> list[dict[str, Any]] | None:
-    router, energy = analysis.router, analysis.router_energy
-    if router is None or energy is None:
+    router, unit = analysis.router, analysis.router_unit
+    if router is None or unit is None:
         return None
     columns = {
         "mean": router.mean,
@@ -100,7 +103,9 @@ def _router(analysis: "Analysis") -> list[dict[str, Any]] | None:
         "minimum": router.minimum,
         "maximum": router.maximum,
         "negative_share": router.negative_share,
-        "energy_share": energy.mean,
+        "unit_mean": unit.mean,
+        "unit_std": unit.std,
+        "energy_share": unit.mean.square() + unit.std.square(),
     }
     return [
         {"layer": layer, **{name: _round(float(values[index])) for name, values in columns.items()}}
@@ -130,7 +135,6 @@ def _distribution(histogram: Histogram) -> dict[str, Any]:
         "median": _round(histogram.quantile(0.5)),
         "p95": _round(histogram.quantile(0.95)),
         "maximum": _round(float(moments.maximum)),
-        "negative_share": _round(float(moments.negative_share)),
     }
 
 

@@ -74,7 +74,8 @@ class Histogram:
         index = int((cumulative < share).sum().clamp(max=len(self.counts) - 1))
         before = float(cumulative[index - 1]) if index else 0.0
         inside = (share - before) / max(float(cumulative[index]) - before, 1e-300)
-        return float(self.edges[index] + (self.edges[index + 1] - self.edges[index]) * inside)
+        value = float(self.edges[index] + (self.edges[index + 1] - self.edges[index]) * inside)
+        return min(max(value, float(self.moments.minimum)), float(self.moments.maximum))
 
 
 @dataclass(frozen=True)
