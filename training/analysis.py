@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 6
 BATCH_SIZE = 16
+NUM_BINS = 2000  # of 0.001: what the quantiles are exact to
 # The same encoder stored in half precision differs from itself by 2^-11 of a value.
 ENCODER_TOLERANCE = 2e-3
 COSINES = ("cos(z_fuse, z_base)", "cos(z_final, z_base)")
@@ -79,8 +80,8 @@ class Analysis:
         self.router_unit = Moments(num_layers) if has_router else None
         latents = ("z_base", "z_fuse", "z_final") if config.fusion else ("z_base",)
         self.components = {name: Covariance(config.encoder.width) for name in latents}
-        self.angles = {name: Histogram(-1, 1, 400) for name in COSINES if config.fusion}
-        self.norms = {name: Histogram(0, 2, 400) for name in (NORMS if config.fusion else NORMS[:1])}
+        self.angles = {name: Histogram(-1, 1, NUM_BINS) for name in COSINES if config.fusion}
+        self.norms = {name: Histogram(0, 2, NUM_BINS) for name in (NORMS if config.fusion else NORMS[:1])}
         self.shown: list[Pictures] = []
         self.num_broken = 0
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TILE_INCHES = 0.95
 DIVERGING = "RdBu_r"
+BINS_PER_BAR = 10
 LABELS = {
     "base": "base latents",
     "base_checkpoint": "base, by its own decoder",
@@ -168,7 +169,8 @@ def draw_tokens(analysis: "Analysis") -> Figure:
 
 def _draw_histogram(axes: Axes, name: str, histogram: Histogram) -> None:
     label = f"{name}, mean {float(histogram.moments.mean):.3f}"
-    axes.stairs(histogram.counts.numpy(), histogram.edges.numpy(), label=label, fill=True, alpha=0.5)
+    counts = histogram.counts.unflatten(0, (-1, BINS_PER_BAR)).sum(dim=1).numpy()
+    axes.stairs(counts, histogram.edges[::BINS_PER_BAR].numpy(), label=label, fill=True, alpha=0.5)
 
 
 def _tiles(num_rows: int, num_columns: int, label_inches: float = 0.4) -> tuple[Figure, npt.NDArray[Any]]:
