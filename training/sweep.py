@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -264,17 +265,34 @@ def _quiet_processes(num_processes: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("spawn"),  # CUDA and thread pools do not survive a fork
-        initializer=torch.set_num_threads,
+        initializer=_start_process,
         initargs=(max(1, torch.get_num_threads() // num_processes),),
     )
     try:
         yield pool
+    except BaseException:  # an error or Ctrl-C ends the others too: their last states are whole
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         if before is None:
             del os.environ["TQDM_DISABLE"]
         else:
             os.environ["TQDM_DISABLE"] = before
+
+
+def _start_process(num_threads: int) -> None:
+    """In each of the processes: its threads, and an end when the sweep is killed."""
+    torch.set_num_threads(num_threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # nothing to clean up: files are written whole or not at all
 
 
 def _run_file(output: Path, size: Size) -> Path:

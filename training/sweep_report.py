@@ -13,6 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from training.figures import save_figure
 from training.files import write_atomically, write_json
@@ -206,8 +207,14 @@ def _draw(scaling: Scaling, baseline: dict[str, float]) -> Figure:
     for row, metric in enumerate(baseline):
         left, right = axes[row]
         sizes = [float(point.num_parameters) for point in scaling.widths]
+        left.set_xscale("log")
         _draw_axis(left, sizes, scaling, "width", metric)
-        left.set(xscale="log", xlabel="fusion parameters", ylabel=METRICS.get(metric, metric))
+        left.xaxis.set_minor_formatter(NullFormatter())
+        left.set(
+            xlim=(min(sizes) / 1.5, max(sizes) * 1.8),
+            xlabel="fusion parameters",
+            ylabel=METRICS.get(metric, metric),
+        )
         _draw_axis(right, [float(p.num_layers) for p in scaling.layers], scaling, "layers", metric)
         right.set(xlabel="fused layers")
     return figure
@@ -218,15 +225,14 @@ def _draw_axis(axes: Axes, x: list[float], scaling: Scaling, axis: Axis, metric:
     fit = scaling.fits[axis][metric]
     deviation = scaling.deviations[metric] if scaling.deviations else None
     errors = None if deviation is None else [deviation] * len(points)
-    axes.errorbar(x, [p.figures[metric] for p in points], yerr=errors, fmt="o", capsize=3, label="trained")
+    axes.errorbar(x, [p.figures[metric] for p in points], yerr=errors, fmt="o", capsize=3)
     line = np.linspace(min(x), max(x), 50)
     fitted = np.log10(line) if axis == "width" else line
     r_squared = "" if fit.r_squared is None else f", R² {fit.r_squared:.2f}"
     unit = "log10(parameters)" if axis == "width" else "layers"
-    label = f"{fit.slope:+.3g} {unit}{r_squared}"
-    axes.plot(line, fit.slope * fitted + fit.intercept, "--", color="gray", label=label)
+    axes.plot(line, fit.slope * fitted + fit.intercept, "--", color="gray")
+    axes.set_title(f"{fit.slope:+.3g} {unit}{r_squared}", fontsize=9)
     for point, place in zip(points, x, strict=True):
         name = f"h {point.hidden_width}" if axis == "width" else f"{point.num_layers}"
         axes.annotate(name, (place, point.figures[metric]), (3, 4), textcoords="offset points", fontsize=7)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
