@@ -7,12 +7,25 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cli import decode, encode, evaluate, export, import_, info, pull, reconstruct, serve, stats, train
+from cli import (
+    analyze,
+    decode,
+    encode,
+    evaluate,
+    export,
+    import_,
+    info,
+    pull,
+    reconstruct,
+    serve,
+    stats,
+    train,
+)
 from cli.errors import EXIT_FAILED, describe
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = (serve, reconstruct, encode, decode, info, pull, import_, export, evaluate, stats, train)
+COMMANDS = (serve, reconstruct, encode, decode, info, pull, import_, export, evaluate, analyze, stats, train)
 DESCRIPTION = "Turn images into DRoRAE latents and back: as files, as an HTTP service, or train the model."
 EPILOG = """\
 first steps:

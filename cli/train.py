@@ -1,4 +1,4 @@
-"""``drorae train``: one phase of training, from a recipe."""
+"""``drorae train``: one phase of training, or a sweep of phase 2, from a recipe."""
 
 import argparse
 import json
@@ -16,10 +16,12 @@ PHASES = {
     "phase2": "the fusion, between frozen encoder and decoder",
     "phase3": "the decoder, on the enriched latents",
     "joint": "fusion and decoder at once, an ablation",
+    "sweep": "phase 2 at several expert widths and layer counts, with the fit of their scaling",
 }
 EXAMPLES = """\
   drorae train phase1 --config training/recipes/mini-phase1.yaml
   drorae train phase1 --config training/recipes/mini-phase1.yaml --resume
+  drorae train sweep --config training/recipes/mini-sweep.yaml
   drorae train phase2 --config my.yaml --set optimizer.learning_rate=1e-4 --output runs/try
   torchrun --nproc-per-node 8 -m cli.main train phase2 --config my.yaml      on eight GPUs
   drorae train phase2 --config training/recipes/dinov2-b-phase2.yaml --dry-run --processes 8

@@ -10,13 +10,13 @@ from training.trainer import Task, Trainer
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("phase0", "phase1", "phase2", "phase3", "joint")
+PHASES = ("phase0", "phase1", "phase2", "phase3", "joint", "sweep")
 
 
 def run_phase(
     phase: str, config_path: Path, overrides: list[str], output: Path | None = None, resume: bool = False
 ) -> int:
-    """Train one phase, together with the other ranks where ``torchrun`` started some.
+    """Train one phase, or a sweep of phase 2; one phase together with the other ranks of ``torchrun``.
 
     Args:
         phase: one of `PHASES`.
@@ -31,6 +31,10 @@ def run_phase(
     Raises:
         TrainingError, model.errors.ModelError: one sentence that names the file or field at fault.
     """
+    if phase == "sweep":
+        from training.sweep import run_sweep
+
+        return run_sweep(config_path, overrides, output, resume)
     if output is not None:
         overrides = [*overrides, f"output={output}"]
     kind = DistillationRecipe if phase == "phase0" else PhaseRecipe

@@ -14,19 +14,8 @@ from model.errors import LatentError
 from service.errors import InternalError, OptionError, UnavailableError
 from training.errors import DivergenceError, RecipeError
 
-COMMANDS = [
-    "serve",
-    "reconstruct",
-    "encode",
-    "decode",
-    "info",
-    "pull",
-    "import",
-    "export",
-    "evaluate",
-    "stats",
-    "train",
-]
+COMMANDS = ["serve", "reconstruct", "encode", "decode", "info", "pull", "import", "export"]
+COMMANDS += ["evaluate", "analyze", "stats", "train"]
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "samples"
 DRORAE = shutil.which("drorae", path=Path(sys.executable).parent) or shutil.which("drorae")
 

@@ -32,7 +32,7 @@ def training_run(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("phase", ["phase0", "phase1", "phase2", "phase3", "joint"])
+@pytest.mark.parametrize("phase", ["phase0", "phase1", "phase2", "phase3", "joint", "sweep"])
 def test_train_passes_everything_on(run, training_run, recipe, phase):
     argv = ["--set", "a.b=1", "--set", "c=x=y", "--output", "runs/x", "--resume"]
     assert run("train", phase, "--config", recipe, *argv).status == 5

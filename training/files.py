@@ -1,0 +1,34 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write and sync under a temporary name, then rename; the folder is created.
+
+    Raises:
+        OSError: the disk is full or the place not writable; what was there before stays.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, contents: Any) -> None:
+    """Write indented JSON; a NaN or infinity is an error, as JSON has neither.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    write_atomically(file, (json.dumps(contents, indent=2, allow_nan=False) + "\n").encode())
