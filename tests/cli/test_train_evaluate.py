@@ -89,7 +89,7 @@ def test_evaluate_prints_means_and_writes_a_report(run, checkpoint, photos, tmp_
     assert outcome.status == 0, outcome.err
     summary = json.loads(outcome.out)
     assert summary["num_images"] == 3
-    assert summary["psnr_db"] > 0
+    assert summary["results"]["enriched"]["psnr_db"] > 0
     assert (tmp_path / "report" / "evaluation.json").is_file()
 
 
