@@ -7,15 +7,14 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -39,6 +38,7 @@ from training.cache import (
 from training.data import decode_image, fixed_crop, random_crop, to_tensor
 from training.distributed import Ranks
 from training.errors import CacheError, DataError
+from training.files import write_atomically
 from training.optimization import autocast
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
@@ -159,8 +159,8 @@ def _prepare(spec: CacheSpec, wanted: CacheManifest) -> tuple[CacheManifest, lis
             f"{spec.entry_bytes / 2**20:.2f} MiB): use fewer crops, a smaller dtype or another folder"
         )
     if not (directory / MANIFEST_FILE).exists():
-        text = manifest.model_dump_json(indent=2) + "\n"
-        _replace(directory / MANIFEST_FILE, partial(Path.write_text, data=text, encoding="utf-8"))
+        with _saying_what_is_full(directory):
+            write_atomically(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return manifest, missing
 
 
@@ -183,7 +183,9 @@ def _fill(
         for number in numbers:
             tensors = _encode(tokenizer, spec, shard_images(manifest, number), crops, precision, bar)
             metadata = {"key": manifest.digest}
-            _replace(shard_file(spec.directory, number), partial(save_file, tensors, metadata=metadata))
+            file = shard_file(spec.directory, number)
+            with _saying_what_is_full(spec.directory):
+                write_atomically(file, save(tensors, metadata=metadata))
 
 
 @torch.no_grad()
@@ -236,21 +238,13 @@ def _resolved(precision: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, sync, then take its place: whole or not at all."""
-    staging = file.with_name(f".{file.name}.partial")  # a killed build's is overwritten
+@contextmanager
+def _saying_what_is_full(directory: Path) -> Iterator[None]:
     try:
-        write(staging)
-        with staging.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(staging, file)
+        yield
     except OSError as exc:
-        staging.unlink(missing_ok=True)
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(
-                f"no space left under {file.parent}; its shards are whole: free some and start again"
-            ) from exc
-        raise
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(
+            f"no space left under {directory}; its shards are whole: free some and start again"
+        ) from exc

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from model.tokenizer import Tokenizer
+from training.files import write_atomically
 from training.frechet import bias_note
 from training.passes import read_batches
 from training.pictures import reconstruction_grid
 from training.quality import ImageFigures, Metrics, Quality
-from training.shards import write_bytes_atomically, write_text_atomically
 from training.sources import Sample
 
 GRID_IMAGES = 8
@@ -147,14 +147,14 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write evaluation.json, evaluation.md, images.csv and grid.png, each whole or not at all."""
-    write_text_atomically(folder / "evaluation.json", report.json() + "\n")
-    write_text_atomically(folder / "evaluation.md", report.markdown())
-    write_text_atomically(folder / "images.csv", report.csv())
+    write_atomically(folder / "evaluation.json", report.json() + "\n")
+    write_atomically(folder / "evaluation.md", report.markdown())
+    write_atomically(folder / "images.csv", report.csv())
     grid = report.grid()
     if grid is not None:
         buffer = io.BytesIO()
         grid.save(buffer, "PNG")
-        write_bytes_atomically(folder / "grid.png", buffer.getvalue())
+        write_atomically(folder / "grid.png", buffer.getvalue())
 
 
 def _number(column: str, value: float | None) -> float | None:

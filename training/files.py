@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write and sync under a temporary name, then rename; the folder is created.
+def write_atomically(file: Path, data: bytes | str) -> None:
+    """Write bytes, or text as UTF-8, under a temporary name; sync, then rename. The folder is created.
+
+    A file has one writer at a time: what a killed one left is overwritten. Serialise to memory first, as
+    torch and safetensors report a full disk in words of their own.
 
     Raises:
         OSError: the disk is full or the place not writable; what was there before stays.
@@ -16,7 +19,7 @@ def write_atomically(file: Path, data: bytes) -> None:
     partial = file.with_name(f".{file.name}.partial")
     try:
         with partial.open("wb") as stream:
-            stream.write(data)
+            stream.write(data.encode() if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
@@ -31,4 +34,4 @@ def write_json(file: Path, contents: Any) -> None:
     Raises:
         OSError: as `write_atomically`.
     """
-    write_atomically(file, (json.dumps(contents, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(file, json.dumps(contents, indent=2, allow_nan=False) + "\n")

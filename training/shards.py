@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from training.errors import DataError, TrainingError
+from training.files import write_atomically
 from training.sources import Sample
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 SHARD_PATTERN = "shard-*.safetensors"
 
 
@@ -56,51 +55,45 @@ class ShardStore:
         Raises:
             TrainingError: the directory holds another pass, or something unreadable; says what to do.
         """
-        if self.directory is None or not (self.directory / RUN_FILE).exists():
+        if self.directory is None:
             return []
-        file = self.directory / RUN_FILE
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as exc:
-            raise TrainingError(f"{file}: not valid JSON: delete {self.directory} to begin anew") from exc
-        if found != self.identity:
-            changed = sorted(name for name in self.identity if found.get(name) != self.identity[name])
-            raise TrainingError(
-                f"{self.directory} holds an unfinished run with other {', '.join(changed) or 'settings'}: "
-                "finish that one, or delete the directory"
-            )
-        shards = [_read_shard(file) for file in sorted(self.directory.glob(SHARD_PATTERN))]
+        shards = [self._read(file) for file in sorted(self.directory.glob(SHARD_PATTERN))]
         return sorted((s for s in shards if s.positions), key=lambda shard: shard.positions[0])
 
     def write(self, shard: Shard) -> None:
         """Put a shard in its file, whole or not at all, replacing its earlier state."""
         if self.directory is None or not shard.positions:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        run_file = self.directory / RUN_FILE
-        if not run_file.exists():
-            write_text_atomically(run_file, json.dumps(self.identity, indent=2) + "\n")
+        facts = {
+            "identity": self.identity,
+            "positions": _to_intervals(shard.positions),
+            "facts": shard.facts,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in shard.tensors.items()}
         file = self.directory / f"shard-{shard.positions[0]:09d}.safetensors"
-        # A process of its own name, so that ranks cannot meet; a killed one's rest goes with the directory.
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        facts = {"positions": _to_intervals(shard.positions), "facts": shard.facts}
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in shard.tensors.items()},
-                partial,
-                metadata={"shard": json.dumps(facts)},
-            )
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(partial, file)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_atomically(file, save(tensors, metadata={"shard": json.dumps(facts)}))
 
     def remove(self) -> None:
         """Delete the directory: the pass is finished and its result is safe."""
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _read(self, file: Path) -> Shard:
+        try:
+            with safe_open(file, framework="pt") as stream:
+                facts = json.loads((stream.metadata() or {})["shard"])
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            positions = [p for low, high in facts["positions"] for p in range(low, high)]
+            found, shard = facts["identity"], Shard(positions, tensors, facts["facts"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
+            raise DataError(f"{file}: not a shard of a run: delete it to compute its images again") from exc
+        changed = sorted(name for name in self.identity if found.get(name) != self.identity[name])
+        if changed:
+            raise TrainingError(
+                f"{self.directory} holds an unfinished run with other {', '.join(changed)}: "
+                "finish that one, or delete the directory"
+            )
+        return shard
 
 
 def listing_digest(samples: Sequence[Sample]) -> str:
@@ -109,34 +102,6 @@ def listing_digest(samples: Sequence[Sample]) -> str:
     for sample in samples:
         digest.update(f"{sample.key}\0{sample.file.name}\0{sample.offset}\0{sample.num_bytes}\n".encode())
     return digest.hexdigest()
-
-
-def write_text_atomically(file: Path, text: str) -> None:
-    """Write a text file, whole or not at all; several processes may."""
-    write_bytes_atomically(file, text.encode())
-
-
-def write_bytes_atomically(file: Path, data: bytes) -> None:
-    """Write a file, whole or not at all, creating its folder; several processes may."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _read_shard(file: Path) -> Shard:
-    try:
-        with safe_open(file, framework="pt") as stream:
-            facts = json.loads((stream.metadata() or {})["shard"])
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        positions = [p for low, high in facts["positions"] for p in range(low, high)]
-        return Shard(positions, tensors, facts["facts"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
-        raise DataError(f"{file}: not a shard of a run: delete it to compute its images again") from exc
 
 
 def _to_intervals(positions: Sequence[int]) -> list[list[int]]:

@@ -143,7 +143,7 @@ def write_report(
         recipe: what every point was trained by.
     """
     scaling = fit_scaling(points, centre)
-    write_atomically(output / "sweep.csv", _table(points).encode())
+    write_atomically(output / "sweep.csv", _table(points))
     summary = {
         "baseline": baseline,
         "points": [asdict(point) for point in points],
@@ -156,7 +156,7 @@ def write_report(
         "recipe": recipe,
     }
     write_json(output / "sweep.json", summary)
-    write_atomically(output / "sweep.md", _markdown(points, scaling, baseline).encode())
+    write_atomically(output / "sweep.md", _markdown(points, scaling, baseline))
     save_figure(_draw(scaling, baseline), output / "sweep.png")
 
 

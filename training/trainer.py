@@ -25,6 +25,7 @@ from tqdm import tqdm
 from training.data import Batch
 from training.distributed import current
 from training.errors import DivergenceError, TrainingError
+from training.files import write_atomically, write_json
 from training.recipe import BaseRecipe
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Trainer:
             changed = [name for name in fields if fields[name] != before.get(name)]
             if changed:
                 logger.warning("resumed with another recipe than before: %s changed", ", ".join(changed))
-        _write_atomically(file, (json.dumps(fields, indent=2) + "\n").encode())
+        write_json(file, fields)
 
     def _restore(self, state_file: Path) -> int:
         try:
@@ -214,7 +215,7 @@ class Trainer:
         }
         self.task.export(self.output / "checkpoint", provenance)
         if self.ranks.is_main:
-            _write_atomically(self.output / "run.json", (json.dumps(provenance, indent=2) + "\n").encode())
+            write_json(self.output / "run.json", provenance)
         self.ranks.barrier()  # whoever returns finds everything written
         return figures
 
@@ -228,7 +229,7 @@ class Trainer:
         if self.ranks.is_main:
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            _write_atomically(self.output / STATE_FILE, buffer.getvalue())
+            write_atomically(self.output / STATE_FILE, buffer.getvalue())
 
     def _append_row(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if self.ranks.is_main:
@@ -278,19 +279,6 @@ def _check_finite(step: int, losses: Mapping[str, float]) -> None:
             raise DivergenceError(f"step {step}: {name} is {value}; lower the learning rate and resume")
 
 
-def _write_atomically(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _append_row(file: Path, step: int, values: Mapping[str, float]) -> None:
     row = {"step": step + 1, **{name: _rounded(value) for name, value in values.items()}}
     is_new = not file.exists()
@@ -313,6 +301,6 @@ def _keep_rows(output: Path, last_step: int) -> None:
         header, *rows = file.read_text(encoding="utf-8").splitlines()
         kept = [row for row in rows if int(row.split(",")[0]) <= last_step + 1]
         if kept:
-            _write_atomically(file, ("\n".join([header, *kept]) + "\n").encode())
+            write_atomically(file, "\n".join([header, *kept]) + "\n")
         else:
             file.unlink()

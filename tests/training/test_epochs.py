@@ -7,6 +7,7 @@ import pytest
 from training.epochs import resolve_epochs
 from training.errors import DataError, RecipeError
 from training.recipe import DistillationRecipe, PhaseRecipe, load_recipe
+from training.sweep import SweepRecipe
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 IMAGENET = 1_281_167
@@ -55,7 +56,8 @@ def test_what_cannot_be_counted(
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_are_valid(file: Path) -> None:
-    kind = DistillationRecipe if file.stem.endswith("phase0") else PhaseRecipe
+    kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe}
+    kind = kinds.get(file.stem.split("-")[-1], PhaseRecipe)
     assert load_recipe(kind, file, []).name == file.stem
 
 

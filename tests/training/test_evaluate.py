@@ -148,8 +148,8 @@ def test_ranks_give_what_one_rank_gives(
     del found["results"]
     assert found == expected
     assert found["num_broken_images"] == 1
-    keys = [[row.split(",")[0] for row in (tmp_path / n / "images.csv").open()] for n in ("one", "many")]
-    assert keys[0] == keys[1]
+    tables = [(tmp_path / name / "images.csv").read_text().splitlines() for name in ("one", "many")]
+    assert [row.split(",")[0] for row in tables[0]] == [row.split(",")[0] for row in tables[1]]
 
 
 def test_a_killed_run_goes_on_where_it_was(

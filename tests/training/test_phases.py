@@ -151,7 +151,7 @@ def test_full_disk_keeps_the_last_state(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.trainer.os.fsync", full)
+    monkeypatch.setattr("training.files.os.fsync", full)
     with pytest.raises(TrainingError, match="no space left under"):
         run_phase("phase1", recipe_file, ["num_steps=4"], tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
