@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from cli import (
     analyze,
@@ -63,6 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
 
+def program() -> NoReturn:
+    """The ``drorae`` program."""
+    status = main()
+    if "LOCAL_RANK" in os.environ:
+        # One of torchrun's: gloo's threads outlive its groups, and can abort an interpreter that goes away
+        # (pytorch/pytorch#179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
@@ -85,4 +98,4 @@ def _unexpected(error: BaseException) -> str:
 
 
 if __name__ == "__main__":  # for launchers such as torchrun: -m cli.main
-    sys.exit(main())
+    program()

@@ -141,6 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _show_plan(arguments: argparse.Namespace) -> int:
     from training.plan import PlanOptions, plan_phase, render_plan
 
+    if arguments.phase == "sweep":
+        raise UsageError("--dry-run plans one phase; a sweep's points are runs of phase2: plan that")
     if arguments.processes < 1:
         raise UsageError(f"--processes {arguments.processes}: expected a positive number")
     stated = {"bfloat16": arguments.matrix_tflops, "float32": arguments.float32_tflops}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from model.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig
+from model.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, PixelTriple, TokenizerConfig
 from model.encoder import Encoder
 from model.vit import Freezable
 from training.distributed import Ranks
@@ -28,17 +28,29 @@ NUM_DRAWS = 7  # uniform numbers that augmenting one sample takes
 
 
 class FeatureBackbone(Freezable):
-    """A frozen ViT whose tapped hidden states the heads judge."""
+    """A frozen ViT whose tapped hidden states the heads judge.
 
-    def __init__(self, name: str, encoder: Encoder) -> None:
+    Args:
+        name: of the network, for logs and checkpoints.
+        encoder: the ViT.
+        pixel_mean, pixel_std: what it wants its pixels normalised by, per channel.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        pixel_mean: PixelTriple = IMAGENET_MEAN,
+        pixel_std: PixelTriple = IMAGENET_STD,
+    ) -> None:
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
         self.name = name
         self.encoder = encoder
         self.taps = tuple(min(tap, encoder.config.depth) for tap in TAPS)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(pixel_std).view(1, 3, 1, 1), persistent=False)
         self.freeze()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -157,14 +169,16 @@ def diff_augment(images: Tensor, probability: float, draws: Tensor) -> Tensor:
     return torch.where(is_moved, moved, images)
 
 
-def make_backbone(config: DiscriminatorConfig, encoder: Encoder) -> FeatureBackbone:
+def make_backbone(
+    config: DiscriminatorConfig, encoder: Encoder, tokenizer: TokenizerConfig
+) -> FeatureBackbone:
     """DINO ViT-S/8 where its weights are given, else the tokenizer's own frozen encoder.
 
     Raises:
         WeightsError: ``dino-vits8`` is asked for without readable weights.
     """
     if backbone_name(config) == "encoder":
-        return FeatureBackbone("encoder", encoder)
+        return FeatureBackbone("encoder", encoder, tokenizer.pixel_mean, tokenizer.pixel_std)
     if config.dino_weights is None:
         raise WeightsError(
             "discriminator.backbone is dino-vits8: set discriminator.dino_weights to its state dict"

@@ -201,7 +201,7 @@ class ReconstructionTask(Task):
         return {"psnr_db": report.psnr_db, "ssim": report.ssim}
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
-        """Write the checkpoint; tokenizers with fusion carry their latent statistics."""
+        """Write the checkpoint; its latent statistics are computed anew where the latents are new."""
         recipe = self.recipe
         with self._averaged() as tokenizer:
             if tokenizer.fusion is not None:
@@ -330,6 +330,8 @@ class ReconstructionTask(Task):
                 yield self.tokenizer
                 return
             copied = Tokenizer(self.tokenizer.config).to(self.device)
+            if self.tokenizer.latent_mean is not None and self.tokenizer.latent_var is not None:
+                copied.set_statistics(self.tokenizer.latent_mean, self.tokenizer.latent_var)
             copied.load_state_dict(whole_state(self.tokenizer))
         for part in (copied.encoder, copied.fusion, copied.decoder):
             if part is not None:
@@ -351,7 +353,7 @@ class ReconstructionTask(Task):
         encoder = self.tokenizer.encoder
         if recipe.train_encoder:
             encoder = copy.deepcopy(encoder)
-        backbone = make_backbone(recipe.discriminator, encoder)
+        backbone = make_backbone(recipe.discriminator, encoder, self.tokenizer.config)
         return Discriminator(backbone, recipe.discriminator.augment_probability).to(self.device)
 
     def _freeze(self) -> None:

@@ -115,7 +115,7 @@ def check_networks(recipe: PhaseRecipe, config: TokenizerConfig, findings: Findi
         try:
             with torch.device("meta"):
                 encoder = Encoder(config.encoder)
-            make_backbone(recipe.discriminator, encoder)
+            make_backbone(recipe.discriminator, encoder, config)
         except WeightsError as exc:
             findings.problems.append(f"field 'discriminator': {exc}")
 

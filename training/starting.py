@@ -51,7 +51,15 @@ def make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
     tokenizer.decoder.load_state_dict(source.decoder.state_dict())
     if tokenizer.fusion is not None and source.fusion is not None:
         tokenizer.fusion.load_state_dict(source.fusion.state_dict())
+    mean, var = source.latent_mean, source.latent_var
+    if mean is not None and var is not None and _keeps_latents(phase, recipe, source):
+        tokenizer.set_statistics(mean, var)
     return tokenizer
+
+
+def _keeps_latents(phase: str, recipe: PhaseRecipe, source: Tokenizer) -> bool:
+    """Whether the source's statistics, such as published ones, hold for what the phase makes of it."""
+    return phase == "phase1" and source.fusion is None and not recipe.train_encoder
 
 
 def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> TokenizerConfig:

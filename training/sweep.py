@@ -24,10 +24,14 @@ from tqdm import tqdm
 from model.checkpoints import read_checkpoint, resolve_checkpoint
 from model.config import PRESETS, Depth, EncoderConfig, FusionConfig, Width, fusion_num_parameters
 from model.metrics import psnr, ssim
+from model.pixels import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import evaluation_batches
 from training.errors import DataError, RecipeError, TrainingError
+from training.feature_networks import EfficientNetFeatures
 from training.files import write_json
+from training.frechet import frechet_distance
+from training.moments import FeatureMoments
 from training.optimization import resolve_device
 from training.perceptual import make_perceptual
 from training.phases import ReconstructionTask
@@ -93,7 +97,7 @@ class PointTask(ReconstructionTask):
         super().__init__("phase2", recipe)
 
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
-        """PSNR, SSIM and perceptual distance on the validation images, with averaged weights."""
+        """The figures of `measure` on the validation images, with averaged weights."""
         with self.ema.applied():
             return measure(self.tokenizer, self.recipe.data.validation, self.perceptual.distance)
 
@@ -107,22 +111,28 @@ class PointTask(ReconstructionTask):
 def measure(
     tokenizer: Tokenizer, paths: Sequence[Path], distance: nn.Module, latent: LatentKind = "enriched"
 ) -> dict[str, float]:
-    """Means over images: ``psnr_db``, ``ssim`` and ``perceptual`` (``distance`` on whole images).
+    """Means over images, ``psnr_db``, ``ssim`` and ``perceptual`` (``distance`` on whole images), and the
+    Frechet distance between originals and reconstructions, ``frechet_efficientnet_lite0``.
 
     Raises:
         DataError: no images, or none that can be decoded.
     """
     samples = list_samples(paths)
-    rows = []
+    network = EfficientNetFeatures(tokenizer.device)
+    rows, sides = [], (FeatureMoments(network.width), FeatureMoments(network.width))
     for _, batch in evaluation_batches(samples, tokenizer.config.image_size, EVALUATION_BATCH_SIZE):
         images = batch.pixels(tokenizer.device)
         decoded = tokenizer.reconstruct(images, latent).float()
         figures = (psnr(decoded, images), ssim(decoded, images), distance(decoded, images))
         rows.append(torch.stack([figure.double().cpu() for figure in figures], dim=1))
+        for side, pixels in zip(sides, (images, decoded), strict=True):
+            side.update(network.features(to_bytes(pixels)))
     if not rows:
         raise DataError(f"none of the {len(samples)} images could be decoded")
     means = torch.cat(rows).mean(dim=0).tolist()
-    return dict(zip(("psnr_db", "ssim", "perceptual"), means, strict=True))
+    found = dict(zip(("psnr_db", "ssim", "perceptual"), means, strict=True))
+    frechet = frechet_distance(*sides)
+    return found if frechet is None else found | {network.column: frechet}
 
 
 def run_sweep(
@@ -146,12 +156,12 @@ def run_sweep(
         overrides = [*overrides, f"output={output}"]
     recipe = load_recipe(SweepRecipe, config_path, overrides)
     encoder = _source_encoder(recipe)
-    centre = _centre(recipe)
+    centre = _centre(recipe, encoder)
     sizes = plan_sizes(recipe, centre, encoder)
     _claim(recipe, resume)
     pending = [size for size in sizes if not _run_file(recipe.output, size).exists()]
     logger.info("%d points, %d of them to train", len(sizes), len(pending))
-    _train_all([point_recipe(recipe, size) for size in pending], recipe.num_processes)
+    _train_all([point_recipe(recipe, centre, size) for size in pending], recipe.num_processes)
     points = {size: _read_point(recipe.output, size, encoder.width) for size in sizes}
     write_report(
         recipe.output,
@@ -179,18 +189,16 @@ def plan_sizes(recipe: SweepRecipe, centre: FusionConfig, encoder: EncoderConfig
     return sorted(set(sizes), key=lambda size: (size.seed != recipe.seed, size.num_layers, size.hidden_width))
 
 
-def point_recipe(recipe: SweepRecipe, size: Size) -> PhaseRecipe:
+def point_recipe(recipe: SweepRecipe, centre: FusionConfig, size: Size) -> PhaseRecipe:
     """The sweep's recipe at one size: nothing else differs between points."""
     fields = {name: getattr(recipe, name) for name in PhaseRecipe.model_fields}
-    fusion = _centre(recipe).model_copy(
-        update={"num_layers": size.num_layers, "hidden_width": size.hidden_width}
-    )
+    fusion = centre.model_copy(update={"num_layers": size.num_layers, "hidden_width": size.hidden_width})
     output = recipe.output / "points" / size.name
     return PhaseRecipe(**{**fields, "name": size.name, "output": output, "fusion": fusion, "seed": size.seed})
 
 
-def _centre(recipe: SweepRecipe) -> FusionConfig:
-    """The fusion that the sizes vary."""
+def _centre(recipe: SweepRecipe, encoder: EncoderConfig) -> FusionConfig:
+    """The fusion that the sizes vary, fitted to the encoder."""
     if recipe.preset is not None and recipe.preset not in PRESETS:
         raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
     fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
@@ -198,7 +206,7 @@ def _centre(recipe: SweepRecipe) -> FusionConfig:
         raise RecipeError("field 'fusion': name a preset or give the fusion that the sizes vary")
     if fusion.mixer != "experts":
         raise RecipeError("field 'fusion.mixer': only experts have a width to sweep")
-    return fusion
+    return fusion.fitted(encoder)
 
 
 def _source_encoder(recipe: SweepRecipe) -> EncoderConfig:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from training.feature_networks import EfficientNetFeatures
 from training.figures import save_figure
 from training.files import write_atomically, write_json
 from training.trainer import device_name
@@ -23,6 +24,7 @@ METRICS = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
     "perceptual": "perceptual distance",
+    EfficientNetFeatures.column: EfficientNetFeatures.title,
 }
 Axis = Literal["width", "layers"]
 AXES: tuple[Axis, ...] = ("width", "layers")

@@ -37,4 +37,4 @@ def test_written_weights_are_read_as_published_ones(tmp_path) -> None:
     loss = LossConfig(perceptual_network="lpips-vgg", vgg_weights=files["vgg"], lpips_weights=files["lpips"])
     assert make_perceptual(loss).name == LPIPS_NAME
     config = DiscriminatorConfig(backbone="dino-vits8", dino_weights=files["dino"])
-    assert make_backbone(config, None).name == DINO_NAME
+    assert make_backbone(config, None, PRESETS["mini"]).name == DINO_NAME

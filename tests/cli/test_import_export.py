@@ -15,38 +15,6 @@ from model.tokenizer import Tokenizer
 
 
 @pytest.fixture
-def encoder_folder(tmp_path) -> Path:
-    """A tiny DINOv2 with registers, as transformers saves it."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14
-    )
-    torch.manual_seed(0)
-    transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "dinov2")
-    return tmp_path / "dinov2"
-
-
-@pytest.fixture
-def autoencoder_folder(tmp_path) -> Path:
-    """A tiny AutoencoderRAE, as diffusers saves it."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderRAE(
-        encoder_hidden_size=64,
-        encoder_num_hidden_layers=2,
-        encoder_input_size=56,
-        decoder_hidden_size=48,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=40,
-        latents_mean=torch.zeros(64, 4, 4),
-        latents_std=torch.ones(64, 4, 4),
-    )
-    model.save_pretrained(tmp_path / "rae")
-    return tmp_path / "rae"
-
-
-@pytest.fixture
 def decoder_file(tmp_path) -> Path:
     """RAE's ``model.pt`` for the tiny encoder's latents, images of 64 pixels."""
     config = TokenizerConfig(

@@ -121,6 +121,9 @@ def test_dry_run_is_planned_and_not_trained(run, training_run, photos, checkpoin
     assert training_run.calls == []
     plan = json.loads(run(*argv, "--json", "--check-images", "all").out)
     assert plan["train"]["num_checked"] == 3
+    sweep = run("train", "sweep", *argv[2:])
+    assert sweep.status == 2
+    assert sweep.err.startswith("drorae: --dry-run plans one phase")
     refused = run(*argv, "--set", "accumulation_steps=2")
     assert refused.status == 2
     assert refused.err.startswith("drorae: this run would fail: field 'accumulation_steps'")

@@ -129,9 +129,20 @@ def test_adaptive_weight_balances_gradient_norms() -> None:
     assert adaptive_weight((weight * 1e9).sum(), (0 * weight).sum(), weight).item() == 1e4
 
 
+def test_encoder_as_backbone_gets_pixels_as_the_tokenizer_normalises_them() -> None:
+    """SigLIP2's, for one, are not ImageNet's."""
+    tokenizer = TINY.model_copy(update={"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.25, 0.5, 1.0)})
+    encoder = Encoder(TINY.encoder)
+    backbone = make_backbone(DiscriminatorConfig(), encoder, tokenizer)
+    pixels = images(side=TINY.encoder.image_size)
+    normalized = (pixels - 0.5) / torch.tensor([0.25, 0.5, 1.0]).view(1, 3, 1, 1)
+    expected = encoder(normalized)[-1].transpose(1, 2)
+    torch.testing.assert_close(backbone(pixels)[-1], expected)
+
+
 def test_discriminator_reaches_its_input_but_not_its_backbone() -> None:
     encoder = Encoder(TINY.encoder)
-    discriminator = Discriminator(make_backbone(DiscriminatorConfig(), encoder), 1.0)
+    discriminator = Discriminator(make_backbone(DiscriminatorConfig(), encoder, TINY), 1.0)
     assert discriminator.backbone.name == "encoder"
     fake = images(side=32).requires_grad_()
     discriminator.train()
@@ -173,7 +184,8 @@ def test_dino_weights_give_dino_features(tmp_path: Path) -> None:
     ).eval()
     pixels = torch.randn(1, 3, 224, 224)
     torch.save(timm_names(vit.state_dict()), tmp_path / "dino.pth")
-    backbone = make_backbone(DiscriminatorConfig(dino_weights=tmp_path / "dino.pth"), Encoder(TINY.encoder))
+    config = DiscriminatorConfig(dino_weights=tmp_path / "dino.pth")
+    backbone = make_backbone(config, Encoder(TINY.encoder), TINY)
     assert backbone.name == "dino-vits8"
     with torch.no_grad():
         expected = vit(pixels, output_hidden_states=True).hidden_states
@@ -232,4 +244,4 @@ def test_dino_state_skips_norm_and_head() -> None:
 
 def test_missing_dino_weights_are_named() -> None:
     with pytest.raises(WeightsError, match=r"discriminator\.dino_weights"):
-        make_backbone(DiscriminatorConfig(backbone="dino-vits8"), Encoder(TINY.encoder))
+        make_backbone(DiscriminatorConfig(backbone="dino-vits8"), Encoder(TINY.encoder), TINY)

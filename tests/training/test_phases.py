@@ -54,6 +54,23 @@ def test_three_phases_train_their_part_and_nothing_else(
     assert three["fusion"] == two["fusion"]
 
 
+def test_phase1_keeps_the_statistics_of_latents_it_does_not_change(
+    recipe_file: Path, encoder_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Published ones are over far more images than a run can take."""
+    source = Tokenizer.load(encoder_checkpoint)
+    mean = torch.randn(source.config.latent_shape)
+    source.set_statistics(mean, mean.square())
+    source.save(tmp_path / "published")
+    init = f"init={tmp_path / 'published'}"
+    for phase, keeps in (("phase1", True), ("joint", False)):
+        run_phase(phase, recipe_file, [init, "num_steps=1"], tmp_path / phase)
+        found = Tokenizer.load(tmp_path / phase / "checkpoint")
+        assert torch.equal(found.latent_mean, mean) is keeps
+    run_phase("phase1", recipe_file, [init, "num_steps=1", "train_encoder=true"], tmp_path / "unfrozen")
+    assert not Tokenizer.load(tmp_path / "unfrozen" / "checkpoint").has_statistics
+
+
 def test_run_leaves_logs_grids_provenance_and_statistics(recipe_file: Path, tmp_path: Path) -> None:
     run_phase("joint", recipe_file, [], tmp_path / "run")
     log = rows(tmp_path / "run" / "train.csv")

@@ -98,6 +98,7 @@ def test_sweep_trains_every_size_alike_and_reports(
         report = evaluate_tokenizer(tokenizer, [photos], progress=False)
         assert report.psnr_db == pytest.approx(point["figures"]["psnr_db"], abs=1e-3)
         assert report.ssim == pytest.approx(point["figures"]["ssim"], abs=1e-4)
+        assert point["figures"]["frechet_efficientnet_lite0"] > 0
         recipe = json.loads((run / "recipe.json").read_text())
         assert (recipe["num_steps"], recipe["batch_size"]) == (2, 4)
     base = evaluate_tokenizer(Tokenizer.load(encoder_checkpoint), [photos], progress=False)
@@ -110,6 +111,7 @@ def test_sweep_trains_every_size_alike_and_reports(
     table = (output / "sweep.md").read_text()
     assert "| 4 | 48 | 5 |" in table
     assert "| no fusion |" in table
+    assert "| Frechet, EfficientNet-Lite0 |" in table
 
 
 def test_stopped_sweep_goes_on_where_it_was(
