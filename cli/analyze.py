@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from cli.errors import EXIT_OK, CommandError, UsageError
-from cli.options import Subparsers, add_command, add_settings, read_settings
+from cli.options import Subparsers, add_command, add_photos, add_settings, check_photos, read_settings
 
 EXAMPLES = """\
   drorae analyze mini --data photos/ --output analysis/
@@ -29,14 +29,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "positional", nargs="?", metavar="CHECKPOINT", help="as --checkpoint: a directory or a bundled name"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR|TAR", help="the photos")
+    add_photos(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for figures and JSON")
     parser.add_argument(
         "--base-checkpoint",
         metavar="DIR",
         help="also decode the base latents by this checkpoint's decoder, such as phase 1's",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="use N photos, spread evenly over the data")
     add_settings(parser, ("checkpoint", "device", "batch_size"))
 
 
@@ -47,12 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("the checkpoint is named twice: as an argument and by --checkpoint")
         arguments.setting_checkpoint = arguments.positional
     settings = read_settings(arguments)
-    if not arguments.data.exists():
-        raise UsageError(f"{arguments.data}: there is no such folder or tar file")
+    check_photos(arguments.data)
     if arguments.output.is_file():
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UsageError(f"--limit {arguments.limit}: expected at least 1")
     try:
         from training.analysis import analyze_command
         from training.analysis_summary import headline

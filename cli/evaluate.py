@@ -8,10 +8,11 @@ from cli.options import (
     MODEL_FIELDS,
     Subparsers,
     add_command,
+    add_photos,
     add_settings,
-    positive_int,
+    add_workers,
+    check_photos,
     read_settings,
-    whole_number,
 )
 from model.tokenizer import LatentKind
 
@@ -39,9 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers, "evaluate", run, "reconstruction quality over many photos", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, nargs="+", metavar="DIR|TAR", help="the photos, centre-cropped"
-    )
+    add_photos(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write the report here")
     parser.add_argument(
         "--latent",
@@ -53,15 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME,...",
         help=f"of {', '.join(METRICS)} (default: all whose weights are here)",
     )
-    parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="use N photos, spread evenly (default: all)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole_number,
-        metavar="N",
-        help="processes that decode photos (default: by the device)",
-    )
+    add_workers(parser)
     files = parser.add_argument_group("weight files", "by default looked for where their libraries keep them")
     files.add_argument("--inception-weights", type=Path, metavar="FILE", help="FID's Inception, for rfid")
     files.add_argument("--vgg-weights", type=Path, metavar="FILE", help="torchvision's VGG16, for lpips")
@@ -72,9 +63,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate; gives the evaluation's exit status."""
     settings = read_settings(arguments)
-    for path in arguments.data:
-        if not path.exists():
-            raise UsageError(f"{path}: there is no such folder or tar file")
+    check_photos(arguments.data)
     if arguments.output is not None and arguments.output.is_file():
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
     metrics = _read_metrics(arguments.metrics)

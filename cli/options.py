@@ -1,7 +1,8 @@
 """Flags made from the service's settings, and the parser that every command shares."""
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import SecretStr, ValidationError
@@ -77,6 +78,37 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         name = str(first["loc"][0])
         source = _flag(name) if name in given else ENV_PREFIX + name.upper()
         raise UsageError(f"{source}: {message}, not {first['input']!r}") from exc
+
+
+def add_photos(parser: argparse.ArgumentParser) -> None:
+    """``--data`` and ``--limit``: the photos that a command goes over."""
+    parser.add_argument(
+        "--data", type=Path, required=True, nargs="+", metavar="DIR|TAR", help="the photos, centre-cropped"
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use N photos, spread evenly (default: all)"
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """``--workers``, for a command that shares the photos out over ranks."""
+    parser.add_argument(
+        "--workers",
+        type=whole_number,
+        metavar="N",
+        help="processes that decode photos (default: by the device)",
+    )
+
+
+def check_photos(paths: Sequence[Path]) -> None:
+    """Whether there is something at every path.
+
+    Raises:
+        UsageError: names the first that is absent.
+    """
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"{path}: there is no such folder or tar file")
 
 
 def positive_int(text: str) -> int:

@@ -3,8 +3,16 @@
 import argparse
 from pathlib import Path
 
-from cli.errors import CommandError, UsageError
-from cli.options import Subparsers, add_command, add_settings, positive_int, read_settings, whole_number
+from cli.errors import CommandError
+from cli.options import (
+    Subparsers,
+    add_command,
+    add_photos,
+    add_settings,
+    add_workers,
+    check_photos,
+    read_settings,
+)
 
 EXAMPLES = """\
   drorae stats runs/phase3/checkpoint --data imagenet/train --in-place
@@ -24,34 +32,17 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers, "stats", run, "measure and store the latents' statistics", DESCRIPTION, EXAMPLES
     )
     parser.add_argument("positional", metavar="CHECKPOINT", help="a directory or a bundled name")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        nargs="+",
-        metavar="DIR|TAR",
-        help="the photos, centre-cropped as the service does",
-    )
+    add_photos(parser)
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", type=Path, metavar="CKPT", help="checkpoint to write")
     target.add_argument("--in-place", action="store_true", help="rewrite CHECKPOINT itself, atomically")
-    parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="use N photos, spread evenly (default: all)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole_number,
-        metavar="N",
-        help="processes that decode photos (default: by the device)",
-    )
+    add_workers(parser)
     add_settings(parser, ("device", "batch_size"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure; gives the exit status."""
-    for path in arguments.data:
-        if not path.exists():
-            raise UsageError(f"{path}: there is no such folder or tar file")
+    check_photos(arguments.data)
     settings = read_settings(arguments)
     try:
         from model.checkpoints import resolve_checkpoint

@@ -26,9 +26,11 @@ from training.analysis_summary import summarize
 from training.data import evaluation_batches
 from training.errors import DataError
 from training.files import write_json
+from training.moments import FeatureMoments
 from training.optimization import resolve_device
-from training.sources import Sample, list_samples
-from training.streaming import Covariance, Histogram, Moments
+from training.passes import spread_samples
+from training.sources import list_samples
+from training.streaming import ColumnMoments, Histogram
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Analysis:
         spectra: by reconstruction: ``base``, ``base_checkpoint``, ``enriched``; those that apply.
         router: moments of each fused layer's weights w; None without a router.
         router_unit: the same of ``w / |w|``, as the energy normalisation leaves them.
-        components: covariance of each latent.
+        components: mean and covariance of each latent.
         angles: histograms of the cosines between latents, by name.
         norms: histograms of norms per token, in units of sqrt(C).
         shown: what the figures show of a few photos.
@@ -76,10 +78,10 @@ class Analysis:
         self.spectra = {name: SpectrumDifference(config.image_size) for name in names}
         has_router = config.fusion is not None and config.fusion.mixer == "experts"
         num_layers = len(config.fused_layers)
-        self.router = Moments(num_layers) if has_router else None
-        self.router_unit = Moments(num_layers) if has_router else None
+        self.router = ColumnMoments(num_layers) if has_router else None
+        self.router_unit = ColumnMoments(num_layers) if has_router else None
         latents = ("z_base", "z_fuse", "z_final") if config.fusion else ("z_base",)
-        self.components = {name: Covariance(config.encoder.width) for name in latents}
+        self.components = {name: FeatureMoments(config.encoder.width) for name in latents}
         self.angles = {name: Histogram(-1, 1, NUM_BINS) for name in COSINES if config.fusion}
         self.norms = {name: Histogram(0, 2, NUM_BINS) for name in (NORMS if config.fusion else NORMS[:1])}
         self.shown: list[Pictures] = []
@@ -115,8 +117,8 @@ class Analysis:
     def _update_tokens(self, tokens: dict[str, Tensor]) -> None:
         base = tokens["z_base"]
         scale = base.shape[-1] ** -0.5
-        for name, covariance in self.components.items():
-            covariance.update(tokens[name])
+        for name, moments in self.components.items():
+            moments.update(tokens[name].flatten(0, -2))
             self.norms[f"|{name}|"].update(tokens[name].norm(dim=-1) * scale)
             if name != "z_base":
                 self.angles[f"cos({name}, z_base)"].update(F.cosine_similarity(tokens[name], base, dim=-1))
@@ -160,8 +162,8 @@ def analyze(
     """
     if base is not None:
         _check_same_encoder(tokenizer, base)
-    samples = _spread(list_samples(paths), limit)
-    shown = {id(sample) for sample in _spread(samples, NUM_SHOWN)}
+    samples = spread_samples(list_samples(paths), limit)
+    shown = {id(sample) for sample in spread_samples(samples, NUM_SHOWN)}
     analysis = Analysis(tokenizer, base)
     with tqdm(total=len(samples), unit="image", desc="analyze", disable=not progress) as bar:
         for kept, batch in evaluation_batches(samples, tokenizer.config.image_size, batch_size):
@@ -176,7 +178,7 @@ def analyze(
 
 def analyze_command(
     checkpoint: str,
-    data: Path,
+    data: Sequence[Path],
     output: Path,
     base_checkpoint: str | None = None,
     limit: int | None = None,
@@ -196,19 +198,12 @@ def analyze_command(
     base = None
     if base_checkpoint is not None:
         base = Tokenizer.load(base_checkpoint, device=place, fusion="reference")
-    analysis = analyze(tokenizer, [data], base, limit, batch_size)
+    analysis = analyze(tokenizer, data, base, limit, batch_size)
     summary = summarize(analysis)
     summary["figures"] = draw_figures(analysis, output)
     write_json(output / "analysis.json", summary)
-    logger.info("analyzed %d images of %s", analysis.num_images, data)
+    logger.info("analyzed %d images", analysis.num_images)
     return summary
-
-
-def _spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """``limit`` samples at even distances, so that they come from every source."""
-    if limit is None or limit >= len(samples):
-        return list(samples)
-    return [samples[index * len(samples) // limit] for index in range(limit)]
 
 
 def _check_same_encoder(tokenizer: Tokenizer, base: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.analysis_spectra import band_centres
 from training.figures import save_figure
-from training.streaming import Histogram
+from training.streaming import Histogram, principal_components
 
 if TYPE_CHECKING:
     from training.analysis import Analysis
@@ -137,8 +137,8 @@ def draw_components(analysis: "Analysis") -> Figure:
     axes[0, 0].set_ylabel("photo", fontsize=8)
     for column, pictures in enumerate(analysis.shown):
         axes[0, column].imshow(_photo(pictures.image))
-    for row, (name, covariance) in enumerate(analysis.components.items(), start=1):
-        components = covariance.principal_components()
+    for row, (name, moments) in enumerate(analysis.components.items(), start=1):
+        components = principal_components(moments)
         projected = [
             _grid(analysis, components.project(pictures.tokens[name], 3)) for pictures in analysis.shown
         ]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.tokenizer import Tokenizer
 from training.analysis_spectra import band_centres
-from training.streaming import Histogram
+from training.streaming import Histogram, principal_components
 
 if TYPE_CHECKING:
     from training.analysis import Analysis
@@ -115,8 +115,8 @@ def _router(analysis: "Analysis") -> list[dict[str, Any]] | None:
 
 def _components(analysis: "Analysis") -> dict[str, Any]:
     parts = {}
-    for name, covariance in analysis.components.items():
-        components = covariance.principal_components()
+    for name, moments in analysis.components.items():
+        components = principal_components(moments)
         parts[name] = {
             "explained_variance_ratio": _rounded(components.explained_ratio[:NUM_COMPONENTS]),
             "explained_by_first_three": _round(float(components.explained_ratio[:3].sum())),

@@ -1,6 +1,4 @@
-"""Statistics of a stream of values: moments, histograms and principal components, in float64.
-
-Batches are merged by Chan's parallel update, so that no sum of squares cancels and nothing is kept.
+"""What is told of a stream of values: ranges, histograms and principal components, in float64.
 
 Shape legend: T values or tokens of one batch, K columns, C latent width.
 """
@@ -10,28 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.moments import FeatureMoments, PointwiseMoments
 
-class Moments:
-    """Mean, deviation, range and share of negative values of each column."""
+
+class ColumnMoments(PointwiseMoments):
+    """Mean, deviation, range and share of negative values of each column of rows [T, K]."""
 
     def __init__(self, num_columns: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(num_columns, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.mean)
+        super().__init__((num_columns,))
         self.num_negative = torch.zeros(num_columns, dtype=torch.int64)
         self.minimum = torch.full_like(self.mean, torch.inf)
         self.maximum = torch.full_like(self.mean, -torch.inf)
 
-    def update(self, values_TK: Tensor) -> None:
-        """Add a batch of rows."""
-        values = values_TK.detach().double().cpu()
-        batch_mean = values.mean(dim=0)
-        delta = batch_mean - self.mean
-        total = self.count + len(values)
-        self.squares += (values - batch_mean).square().sum(dim=0)
-        self.squares += delta.square() * (self.count * len(values) / total)
-        self.mean += delta * (len(values) / total)
-        self.count = total
+    def update(self, items: Tensor) -> None:
+        """Add rows [T, K], at least one."""
+        values = items.detach().to(self.mean)
+        super().update(values)
         self.num_negative += (values < 0).sum(dim=0)
         self.minimum = torch.minimum(self.minimum, values.amin(dim=0))
         self.maximum = torch.maximum(self.maximum, values.amax(dim=0))
@@ -39,7 +31,7 @@ class Moments:
     @property
     def std(self) -> Tensor:
         """Biased standard deviation, [K]."""
-        return (self.squares / self.count).sqrt()
+        return self.variance.sqrt()
 
     @property
     def negative_share(self) -> Tensor:
@@ -53,7 +45,7 @@ class Histogram:
     def __init__(self, low: float, high: float, num_bins: int) -> None:
         self.low, self.high = low, high
         self.counts = torch.zeros(num_bins, dtype=torch.int64)
-        self.moments = Moments(1)
+        self.moments = ColumnMoments(1)
 
     def update(self, values: Tensor) -> None:
         """Add values of any shape."""
@@ -102,30 +94,11 @@ class PrincipalComponents:
         return float(self.explained_ratio.sum() ** 2 / self.explained_ratio.square().sum())
 
 
-class Covariance:
-    """Streaming mean and scatter matrix of tokens."""
-
-    def __init__(self, width: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self.scatter = torch.zeros(width, width, dtype=torch.float64)
-
-    def update(self, tokens: Tensor) -> None:
-        """Add tokens [..., C]."""
-        rows_TC = tokens.detach().double().cpu().flatten(0, -2)
-        batch_mean = rows_TC.mean(dim=0)
-        centred = rows_TC - batch_mean
-        delta = batch_mean - self.mean
-        total = self.count + len(rows_TC)
-        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * len(rows_TC) / total)
-        self.mean += delta * (len(rows_TC) / total)
-        self.count = total
-
-    def principal_components(self) -> PrincipalComponents:
-        """Eigenvectors of the covariance; signs are fixed, so that the same data gives the same colours."""
-        variances, directions = torch.linalg.eigh(self.scatter / self.count)
-        variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
-        largest = directions.abs().argmax(dim=0)
-        signs = directions.gather(0, largest[None]).sign()
-        total = variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return PrincipalComponents(self.mean.clone(), directions * signs, variances / total)
+def principal_components(tokens: FeatureMoments) -> PrincipalComponents:
+    """Eigenvectors of the covariance; signs are fixed, so that the same data gives the same colours."""
+    variances, directions = torch.linalg.eigh(tokens.second / tokens.count)
+    variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
+    largest = directions.abs().argmax(dim=0)
+    signs = directions.gather(0, largest[None]).sign()
+    total = variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return PrincipalComponents(tokens.mean.clone(), directions * signs, variances / total)

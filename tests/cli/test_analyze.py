@@ -20,7 +20,7 @@ def test_analyze_refuses(refused, checkpoint, other_checkpoint, photos, photo, t
     to = ("--output", tmp_path / "out")
     assert "no such folder or tar file" in refused(*use, *to, "--data", tmp_path / "none")
     assert "is a file" in refused(*use, "--data", photos, "--output", photo)
-    assert "--limit 0: expected at least 1" in refused(*use, *to, "--data", photos, "--limit", "0")
+    assert "--limit: expected a whole number from 1" in refused(*use, *to, "--data", photos, "--limit", "0")
     assert "named twice" in refused(*use, *to, "--data", photos, "--checkpoint", checkpoint)
     message = refused(*use, *to, "--data", photos, "--base-checkpoint", other_checkpoint)
     assert f"{other_checkpoint}: encoder tensor" in message

@@ -18,7 +18,8 @@ from training.analysis_spectra import NUM_BANDS, SpectrumDifference, band_centre
 from training.analysis_summary import headline, summarize
 from training.data import decode_image
 from training.errors import DataError
-from training.streaming import Covariance, Histogram, Moments
+from training.moments import FeatureMoments
+from training.streaming import ColumnMoments, Histogram, principal_components
 
 FIGURES = {"spectra.png", "router_maps.png", "router_layers.png", "components.png", "tokens.png"}
 
@@ -39,7 +40,7 @@ def fitted(photos: Path) -> torch.Tensor:
 
 def test_moments_of_a_stream_are_those_of_the_whole() -> None:
     values = np.random.default_rng(0).normal(1e4, 1.0, (500, 3)) * [1, -1, 1e-3]
-    moments = Moments(3)
+    moments = ColumnMoments(3)
     for part in torch.from_numpy(values).split(77):
         moments.update(part)
     np.testing.assert_allclose(moments.mean, values.mean(axis=0), rtol=1e-12)
@@ -62,10 +63,10 @@ def test_histogram_counts_and_quantiles() -> None:
 def test_components_are_those_of_the_whole_covariance() -> None:
     rng = np.random.default_rng(2)
     tokens = rng.normal(size=(400, 5)) * [5, 4, 3, 2, 1] @ np.linalg.qr(rng.normal(size=(5, 5)))[0] + 7
-    covariance = Covariance(5)
+    covariance = FeatureMoments(5)
     for part in torch.from_numpy(tokens).split(90):
         covariance.update(part)
-    components = covariance.principal_components()
+    components = principal_components(covariance)
     centred = tokens - tokens.mean(axis=0)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(components.explained_ratio, scales**2 / (scales**2).sum(), rtol=1e-10)
@@ -138,7 +139,7 @@ def test_command_writes_figures_and_json_twice_the_same(photos: Path, tmp_path: 
     checkpoint = tiny().save(tmp_path / "checkpoint")
     outputs = [tmp_path / "a", tmp_path / "b"]
     for output in outputs:
-        summary = analyze_command(str(checkpoint.path), photos, output, limit=5, batch_size=2, device="cpu")
+        summary = analyze_command(str(checkpoint.path), [photos], output, limit=5, batch_size=2, device="cpu")
     assert {file.name for file in outputs[0].iterdir()} == FIGURES | {"analysis.json"}
     for file in outputs[0].iterdir():
         assert file.read_bytes() == (outputs[1] / file.name).read_bytes(), file.name
@@ -161,7 +162,7 @@ def test_what_does_not_apply_is_left_out_and_said(
     fusion: FusionConfig | None, absent: set[str], photos: Path, tmp_path: Path
 ) -> None:
     checkpoint = tiny(fusion).save(tmp_path / "checkpoint")
-    summary = analyze_command(str(checkpoint.path), photos, tmp_path / "out", device="cpu")
+    summary = analyze_command(str(checkpoint.path), [photos], tmp_path / "out", device="cpu")
     assert set(summary["not_applicable"]) == absent
     assert summary["router"] is None
     assert (summary["cosines"] is None) == (fusion is None)
