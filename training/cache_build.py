@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from model.pixels import to_byte_tensor
 from model.tokenizer import Tokenizer
 from training.cache import (
     DTYPES,
@@ -35,7 +36,7 @@ from training.cache import (
     shard_file,
     shard_images,
 )
-from training.data import decode_image, fixed_crop, random_crop, to_tensor
+from training.data import decode_image, fixed_crop, random_crop
 from training.distributed import Ranks
 from training.errors import CacheError, DataError
 from training.files import write_atomically
@@ -135,7 +136,7 @@ class CropDataset(Dataset[tuple[Tensor, bool]]):
         except (DataError, OSError) as exc:
             logger.warning("not cached: %s in %s: %s", sample.key, sample.file, exc)
             return torch.zeros(3, self.side, self.side, dtype=torch.uint8), False
-        return to_tensor(fixed_crop(image, self.transform, self.seed, index, variant)), True
+        return to_byte_tensor(fixed_crop(image, self.transform, self.seed, index, variant)), True
 
 
 def _prepare(spec: CacheSpec, wanted: CacheManifest) -> tuple[CacheManifest, list[int]]:

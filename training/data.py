@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.pictures import DECODER_ERRORS, fit_picture, fitted_size, to_srgb, upright
+from model.pixels import to_byte_tensor
 from training.distributed import Ranks
 from training.errors import DataError
 from training.recipe import DataConfig
@@ -167,11 +168,11 @@ class PositionedDataset(Dataset[Item]):
             label = -1 if sample.label is None else sample.label
             if self.crops_per_image is None:
                 crop = self.transform(image, np.random.default_rng((self.seed, 1, position)))
-                return to_tensor(crop), label, num_broken, None
+                return to_byte_tensor(crop), label, num_broken, None
             variant = epoch % self.crops_per_image
             crop = fixed_crop(image, self.transform, self.seed, index, variant)
             states = None if self.stored is None else self.stored.read(index, variant)
-            return to_tensor(crop), label, num_broken, states
+            return to_byte_tensor(crop), label, num_broken, states
         raise DataError(f"none of the {len(self.samples)} listed images could be decoded")
 
 
@@ -204,11 +205,6 @@ def share_of_batch(batch_size: int, ranks: Ranks) -> range:
     if rest:
         raise ValueError(f"a batch of {batch_size} images does not divide among {ranks.size} ranks")
     return range(ranks.rank * size, (ranks.rank + 1) * size)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to [3, H, W] uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def training_batches(
@@ -262,7 +258,7 @@ def evaluation_batches(
                 logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
                 continue
             kept.append(sample)
-            items.append((to_tensor(image), -1 if sample.label is None else sample.label, 0, None))
+            items.append((to_byte_tensor(image), -1 if sample.label is None else sample.label, 0, None))
         if items:
             batch = _collate(items)
             yield kept, Batch(batch.images, batch.labels, len(chunk) - len(kept))
