@@ -80,7 +80,8 @@ def install_handlers(app: FastAPI) -> None:
     Unexpected exceptions pass through to the outermost middleware, which answers with a 500.
     """
 
-    def handle(request: Request, error: Exception) -> JSONResponse:
+    # A coroutine: what is none would wait for one of the framework's 40 threads, under overload above all.
+    async def handle(request: Request, error: Exception) -> JSONResponse:
         return problem_response(error, request.state.context)
 
     for kind in (ServiceError, ModelError, HTTPException):

@@ -29,6 +29,7 @@ MAX_GROWTH = 0.05
 _SAMPLE_S = 1.0
 _SETTLE_S = 30.0
 _BURST_EVERY_S = 10.0
+_WARMUP = 64  # requests of every kind
 _BURST = 400  # beyond queue_limit_items, 256
 _MIB = 2**20
 
@@ -75,7 +76,7 @@ def run_soak(options: Options) -> list[Check]:
     findings = Findings("soak")
     with launch({"log_level": "error", **options.settings}) as service:
         inputs, rng = inputs_for(service, options), random.Random(options.seed)
-        asyncio.run(_burst(Traffic(service, inputs, rng, time.monotonic() + _SETTLE_S)))  # warms every pool
+        asyncio.run(_warm(Traffic(service, inputs, rng, time.monotonic() + _SETTLE_S)))
         before = asyncio.run(_settled(service))
         traffic = Traffic(service, inputs, rng, time.monotonic() + 60 * minutes)
         samples = asyncio.run(_soak(traffic, options.seed))
@@ -217,6 +218,13 @@ async def _slow(traffic: Traffic, share: float = 1.0) -> Answer | None:
 async def _slow_and_gone(traffic: Traffic) -> None:
     """The same, given up on the way."""
     await _slow(traffic, traffic.rng.uniform(0.01, 0.95))
+
+
+async def _warm(traffic: Traffic) -> None:
+    """Enough of every kind at once that each pool has all its threads."""
+    await _burst(traffic)
+    requests = [mixed_request(traffic.inputs, traffic.rng) for _ in range(_WARMUP)]
+    await asyncio.gather(*(exchange(traffic.service.url, message) for message in requests))
 
 
 async def _bursts(traffic: Traffic) -> None:
