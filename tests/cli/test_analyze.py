@@ -15,12 +15,12 @@ def test_analyze_prints_the_main_numbers_and_writes_figures(run, checkpoint, pho
     assert (output / "spectra.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_analyze_refuses(refused, checkpoint, other_checkpoint, photos, photo, tmp_path):
+def test_analyze_refuses(run, refused, checkpoint, other_checkpoint, photos, photo, tmp_path):
     use = ("analyze", checkpoint, "--device", "cpu")
     to = ("--output", tmp_path / "out")
     assert "no such folder or tar file" in refused(*use, *to, "--data", tmp_path / "none")
     assert "is a file" in refused(*use, "--data", photos, "--output", photo)
-    assert "--limit: expected a whole number from 1" in refused(*use, *to, "--data", photos, "--limit", "0")
+    assert "--limit: expected a whole number from 1" in run(*use, *to, "--data", photos, "--limit", 0).err
     assert "named twice" in refused(*use, *to, "--data", photos, "--checkpoint", checkpoint)
     message = refused(*use, *to, "--data", photos, "--base-checkpoint", other_checkpoint)
     assert f"{other_checkpoint}: encoder tensor" in message
