@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from training.distillation import DistillationTask
-from training.distributed import process_group
+from training.distributed import is_launched, process_group
+from training.errors import RankError
 from training.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
 from training.trainer import Task, Trainer
 
@@ -32,6 +33,8 @@ def run_phase(
         TrainingError, model.errors.ModelError: one sentence that names the file or field at fault.
     """
     if phase == "sweep":
+        if is_launched():
+            raise RankError("a sweep starts its own processes (num_processes): start it without torchrun")
         from training.sweep import run_sweep
 
         return run_sweep(config_path, overrides, output, resume)

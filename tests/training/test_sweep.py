@@ -11,7 +11,7 @@ import yaml
 from model.config import fusion_num_parameters
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY_FUSION
-from training.errors import RecipeError, TrainingError
+from training.errors import RankError, RecipeError, TrainingError
 from training.evaluate import evaluate_tokenizer
 from training.run import run_phase
 from training.sweep import SweepRecipe, plan_sizes
@@ -143,6 +143,16 @@ def test_stopped_sweep_goes_on_where_it_was(
         for path in (output, whole)
     ]
     assert figures[0] == figures[1]
+
+
+def test_a_sweep_is_no_launched_run(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank would train every point."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(RankError, match="without torchrun"):
+        run_phase("sweep", sweep_file, [], tmp_path / "sweep")
 
 
 def test_sizes_are_planned_once_each(sweep_file: Path) -> None:
