@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from cli.errors import CommandError, UsageError
-from cli.options import Subparsers, add_command
+from cli.options import Subparsers, add_command, positive_int
 
 PHASES = {
     "phase0": "the encoder, distilled from a pretrained network (mini only)",
@@ -92,7 +92,7 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--processes",
-        type=int,
+        type=positive_int,
         default=int(os.environ.get("WORLD_SIZE", "1")),
         metavar="N",
         help="of the run, one a GPU (default: as torchrun says, else 1)",
@@ -101,12 +101,7 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _images(text: str) -> int | None:
-    if text == "all":
-        return None
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
+    return None if text == "all" else positive_int(text)
 
 
 def _positive(text: str) -> float:
@@ -143,8 +138,6 @@ def _show_plan(arguments: argparse.Namespace) -> int:
 
     if arguments.phase == "sweep":
         raise UsageError("--dry-run plans one phase; a sweep's points are runs of phase2: plan that")
-    if arguments.processes < 1:
-        raise UsageError(f"--processes {arguments.processes}: expected a positive number")
     stated = {"bfloat16": arguments.matrix_tflops, "float32": arguments.float32_tflops}
     plan = plan_phase(
         arguments.phase,

@@ -1,6 +1,6 @@
 """State dicts under other names: which foreign tensors make up each of ours, applied strictly.
 
-Pure functions; nothing is read or written. `model.encoder_names` and `model.interop` hold the tables.
+Pure functions; nothing is read or written. `model.encoder_names` and `model.decoder_names` hold the tables.
 """
 
 from collections.abc import Callable, Mapping
