@@ -182,5 +182,6 @@ def describe_validation(error: Mapping[str, Any], kind: Literal["option", "field
 
 
 def _sentence(text: str) -> str:
-    text = text.strip()
+    """One sentence that UTF-8 can hold, whatever a client put into it."""
+    text = text.encode("utf-8", "backslashreplace").decode().strip()
     return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")

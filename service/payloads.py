@@ -17,7 +17,6 @@ from torch import Tensor
 
 from model.tokenizer import Tokenizer
 from service import tensors
-from service.bodies import MULTIPART, split_multipart
 from service.decoding import ImageRules, sniff
 from service.errors import (
     ForeignCheckpointError,
@@ -30,6 +29,7 @@ from service.errors import (
     describe_validation,
 )
 from service.images import read_pixels
+from service.multipart import MULTIPART, split_multipart
 from service.negotiation import JSON, NPY, RAW, SAFETENSORS
 from service.schemas import (
     CommonOptions,
@@ -49,8 +49,9 @@ IMAGE_BODY_MEDIA_TYPES = (*IMAGE_MEDIA_TYPES, MULTIPART, JSON, RAW)
 LATENT_BODY_MEDIA_TYPES = (SAFETENSORS, NPY, JSON, RAW)
 
 # What clients send that do not say what they send; the second is curl's default for --data-binary.
-_UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream")
-_JPEG_ALIAS = "image/jpg"  # no registered type, but widely sent
+_UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream", "binary/octet-stream")
+# No registered types, but widely sent; the file's own first bytes say what it is.
+_IMAGE_ALIASES = ("image/*", "image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-tiff")
 _PIXEL_SLACK = 1.0
 _BATCH_DIMENSIONS = 4
 _MAX_JSON_FIELDS = 100
@@ -87,7 +88,7 @@ def image_body_kind(payload: Payload, options: ImageOptions) -> str:
         MediaTypeError: a type that is not read, or a body whose type shows nowhere.
         OptionError: ``shape`` with a body that has a shape of its own.
     """
-    kind = _body_kind(payload, options, (*IMAGE_BODY_MEDIA_TYPES, _JPEG_ALIAS), _sniff_image_body)
+    kind = _body_kind(payload, options, (*IMAGE_BODY_MEDIA_TYPES, *_IMAGE_ALIASES), _sniff_image_body)
     return IMAGE_FILE if kind.startswith("image/") else kind
 
 

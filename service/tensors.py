@@ -1,16 +1,16 @@
 """Tensors to bytes and back: raw little-endian numbers, ``.npy`` and safetensors. Nothing is pickled."""
 
+import ast
 import io
 import json
 import math
+import re
 import struct
-import tokenize
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from model.tokenizer import finite_items
@@ -27,19 +27,16 @@ DTYPES: Mapping[str, torch.dtype] = {
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 NPY_MAGIC = b"\x93NUMPY"
-_SAFETENSORS_FLOATS = ("F16", "BF16", "F32")
+_NPY_FLOATS = re.compile(r"[<>=|]?f[24]")
+_NPY_VERSIONS = {b"\x01\0": ("<H", "latin-1"), b"\x02\0": ("<I", "latin-1"), b"\x03\0": ("<I", "utf-8")}
+"""Formats of the header's length and text by version."""
+_MAX_NPY_HEADER_BYTES = 1000  # a Python literal: parsed, deep ones could exhaust the stack
+# What Python raises on literals that are damaged.
+_LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+_SAFETENSORS_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000
-_MAX_NPY_HEADER_CHARS = 10_000
-# What numpy raises on headers, which are Python literals, that are damaged.
-_NPY_HEADER_ERRORS = (
-    ValueError,
-    SyntaxError,
-    tokenize.TokenError,
-    TypeError,
-    OverflowError,
-    RecursionError,
-    EOFError,
-)
+_MAX_DIMENSIONS = 8
+_MAX_NUMBERS = 2**48  # far beyond every body, and in bytes still an int64
 
 
 def read_raw(data: bytes, shape: Sequence[int] | None, dtype: str | None) -> Tensor:
@@ -59,7 +56,7 @@ def read_raw(data: bytes, shape: Sequence[int] | None, dtype: str | None) -> Ten
         raise UnprocessableError(
             f"A {dtype} tensor of shape {list(shape)} has {expected} bytes, but the body has {len(data)}."
         )
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(list(shape))
+    return _from_bytes(data, DTYPES[dtype], shape)
 
 
 def read_npy(data: bytes) -> Tensor:
@@ -67,27 +64,24 @@ def read_npy(data: bytes) -> Tensor:
 
     Raises:
         MalformedError: not a complete ``.npy`` file.
-        LatentsError: numbers of another type.
+        LatentsError: numbers of another type, or an impossible shape.
     """
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise MalformedError(f"The .npy file has format version {version}; 1.0 and 2.0 are read.")
-        shape, fortran_order, dtype = readers[version](stream, max_header_size=_MAX_NPY_HEADER_CHARS)
-    except _NPY_HEADER_ERRORS as exc:
-        raise MalformedError("The body is not a readable .npy file: its header is damaged.") from exc
-    if dtype.newbyteorder("=") not in (np.dtype(np.float16), np.dtype(np.float32)):
-        raise LatentsError(f"The .npy file has dtype {dtype}; float16 and float32 are read.")
-    num_bytes = len(data) - stream.tell()
-    expected = math.prod(shape) * dtype.itemsize
-    if num_bytes != expected:
+    header, offset = _npy_header(data)
+    descr, fortran_order = header["descr"], header["fortran_order"]
+    if not isinstance(descr, str) or not _NPY_FLOATS.fullmatch(descr):
+        raise LatentsError(
+            f"The .npy file has dtype {_shown(descr)}; float16 and float32 are read, neither objects nor "
+            "structures."
+        )
+    dtype = np.dtype(descr)
+    shape = _checked_shape(header["shape"])
+    num_bytes, expected = len(data) - offset, math.prod(shape) * dtype.itemsize
+    if num_bytes != expected or not isinstance(fortran_order, bool):
         raise MalformedError(
-            f"The .npy file is truncated or has bytes to spare: shape {list(shape)} of {dtype} needs "
+            f"The .npy file is truncated or has bytes to spare: shape {shape} of {dtype} needs "
             f"{expected} bytes, it has {num_bytes}."
         )
-    flat = np.frombuffer(data, dtype, offset=stream.tell())
+    flat = np.frombuffer(data, dtype, offset=offset) if expected else np.empty(0, dtype)
     array = flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
     return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
 
@@ -101,22 +95,35 @@ def read_safetensors(data: bytes, name: str) -> tuple[Tensor, dict[str, str]]:
 
     Raises:
         MalformedError: not a complete safetensors file.
-        LatentsError: other tensors than ``name``, or numbers of another type than the three floats.
+        LatentsError: other tensors than ``name``, numbers of another type than the three floats, or an
+            impossible shape.
     """
-    header, metadata = _safetensors_header(data)
+    header, metadata, offset = _safetensors_header(data)
     if list(header) != [name]:
         raise LatentsError(
-            f"The safetensors file holds the tensors {sorted(header)[:10]}; it must hold just one, {name!r}."
+            f"The safetensors file holds the tensors {_shown(sorted(header)[:10])}; it must hold just one, "
+            f"{name!r}."
         )
     entry = header[name]
-    dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if isinstance(dtype, str) and dtype not in _SAFETENSORS_FLOATS:
-        raise LatentsError(f"The tensor {name!r} has dtype {dtype}; float16, bfloat16 and float32 are read.")
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as exc:
-        raise MalformedError(f"The body is not a complete safetensors file: {exc}.") from exc
-    return tensors[name], metadata
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise MalformedError(
+            f"The safetensors header is damaged: the entry of {name!r} must hold dtype, shape and "
+            "data_offsets."
+        )
+    dtype = _SAFETENSORS_FLOATS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise LatentsError(
+            f"The tensor {name!r} has dtype {_shown(entry['dtype'])}; float16, bfloat16 and float32 are read."
+        )
+    shape, offsets = _checked_shape(entry["shape"]), entry["data_offsets"]
+    num_bytes, expected = len(data) - offset, math.prod(shape) * dtype.itemsize
+    if num_bytes != expected or not _are_sizes(offsets) or list(offsets) != [0, expected]:
+        raise MalformedError(
+            f"The body is not a complete safetensors file: shape {shape} of {entry['dtype']} needs "
+            f"data_offsets [0, {expected}] and as many bytes; they are {_shown(offsets)}, and {num_bytes} "
+            "bytes."
+        )
+    return _from_bytes(memoryview(data)[offset:], dtype, shape), metadata
 
 
 def looks_like_safetensors(data: bytes) -> bool:
@@ -169,18 +176,91 @@ def first_non_finite(batch: Tensor) -> int | None:
     return None if bool(finite.all()) else int((~finite).nonzero()[0])
 
 
-def _safetensors_header(data: bytes) -> tuple[dict[str, object], dict[str, str]]:
-    """The entries by tensor name, and the metadata."""
+def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Little-endian numbers, as many as the shape has, to a tensor of its own memory."""
+    if len(data) == 0:
+        return torch.empty(list(shape), dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(list(shape))
+
+
+def _checked_shape(shape: object) -> list[int]:
+    """The shape in a file's header; no tensor operation can fail for it.
+
+    Raises:
+        LatentsError: not a list of a few sizes, or their product is beyond all bounds.
+    """
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) > _MAX_DIMENSIONS
+        or not _are_sizes(shape)
+        or math.prod(max(size, 1) for size in shape) > _MAX_NUMBERS
+    ):
+        raise LatentsError(
+            f"The header declares the shape {_shown(shape)}; at most {_MAX_DIMENSIONS} sizes of 0 or more "
+            "are read."
+        )
+    return list(shape)
+
+
+def _are_sizes(values: object) -> bool:
+    """Whether this is a list of whole numbers of 0 or more; True and False are not."""
+    return isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _shown(value: object) -> str:
+    """What a file holds, short enough for a sentence."""
+    text = repr(value[:10] if isinstance(value, list | tuple) else value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _npy_header(data: bytes) -> tuple[dict[str, object], int]:
+    """The header, with descr, fortran_order and shape, and the offset of the numbers."""
+    damaged = MalformedError("The body is not a readable .npy file: its header is damaged.")
+    version = data[6:8]
+    if not data.startswith(NPY_MAGIC) or len(version) < 2:
+        raise damaged
+    if version not in _NPY_VERSIONS:
+        raise MalformedError(f"The .npy file has format version {tuple(version)}; 1.0 to 3.0 are read.")
+    length_format, encoding = _NPY_VERSIONS[version]
+    begin = 8 + struct.calcsize(length_format)
+    if len(data) < begin:
+        raise damaged
+    end = begin + struct.unpack_from(length_format, data, 8)[0]
+    if end > min(len(data), begin + _MAX_NPY_HEADER_BYTES):
+        raise damaged
+    try:
+        header = ast.literal_eval(data[begin:end].decode(encoding).strip())
+    except _LITERAL_ERRORS as exc:
+        raise damaged from exc
+    if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
+        raise damaged
+    return header, end
+
+
+def _safetensors_header(data: bytes) -> tuple[dict[str, object], dict[str, str], int]:
+    """The entries by tensor name, the metadata, and the offset of the numbers."""
     if not looks_like_safetensors(data):
         raise MalformedError("The body is not a complete safetensors file: its header is missing or cut.")
     num_bytes = struct.unpack("<Q", data[:8])[0]
     if num_bytes > _MAX_SAFETENSORS_HEADER_BYTES:
         raise MalformedError(f"The safetensors header is larger than {_MAX_SAFETENSORS_HEADER_BYTES} bytes.")
     try:
-        header = json.loads(data[8 : 8 + num_bytes])
+        header = json.loads(data[8 : 8 + num_bytes].decode(), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as exc:
         raise MalformedError("The body is not a safetensors file: its header is not valid JSON.") from exc
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedError("The safetensors header is damaged: its metadata is not a map of strings.")
-    return header, metadata
+    return header, metadata, 8 + num_bytes
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The members of a JSON object, for ``json.loads(..., object_pairs_hook=unique_names)``.
+
+    Raises:
+        ValueError: a name that is there twice; which of them counts, no two readers agree on.
+    """
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("an object has two members of one name")
+    return members

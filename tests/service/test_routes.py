@@ -23,7 +23,7 @@ from service.app import create_app
 from service.decoding import ImageRules
 from service.images import read_image
 from service.settings import Settings
-from service.tensors import DTYPES
+from service.tensors import DTYPES, write_npy
 
 SIDE = 64
 RULES = ImageRules(SIDE, 10**6, 20)
@@ -152,11 +152,45 @@ def test_encode_several_images(
 
 @pytest.mark.parametrize(
     "content_type",
-    [None, "image/png", "image/jpeg", "application/octet-stream", "application/x-www-form-urlencoded"],
+    [
+        *(
+            None,
+            "image/png",
+            "image/jpeg",
+            "image/*",
+            "image/pjpeg",
+            "image/x-png",
+            "image/jpg",
+            "Image/PNG; a=b",
+        ),
+        *(
+            "Image/PNG; a=b",
+            "application/octet-stream",
+            "binary/octet-stream",
+            "application/x-www-form-urlencoded",
+        ),
+    ],
 )
 def test_image_bodies_are_sniffed(client: httpx.Client, png: bytes, content_type: str | None) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     assert client.post("/encode", content=png, headers=headers).status_code == 200
+
+
+def test_the_types_of_multipart_parts_are_not_asked(client: httpx.Client, png: bytes) -> None:
+    for part_type in ("image/*", "image/pjpeg", "binary/octet-stream", "application/octet-stream", "", "x"):
+        response = client.post("/encode", files=[("images", ("a", png, part_type))])
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["application/octet-stream", "binary/octet-stream"])
+def test_latent_bodies_are_sniffed(client: httpx.Client, latents: Tensor, content_type: str) -> None:
+    for body in (
+        safetensors.torch.save({"latents": latents}),
+        write_npy(latents),
+        json.dumps({"latents": latents.tolist()}).encode(),
+    ):
+        response = client.post("/decode", content=body, headers={"Content-Type": content_type})
+        assert response.status_code == 200
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
