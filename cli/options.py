@@ -13,6 +13,8 @@ from service.settings import ENV_PREFIX, Settings
 
 # What the commands on files take of the settings: the model, and how much of it at once.
 MODEL_FIELDS = ("checkpoint", "device", "fusion", "batch_size")
+# Limits of pictures, which hold for files too; the environment sets them.
+PICTURE_FIELDS = ("max_image_pixels", "max_aspect_ratio", "max_frames")
 
 Subparsers = Any  # argparse keeps the class of add_subparsers' result private
 Run = Callable[[argparse.Namespace], int]
@@ -45,8 +47,10 @@ def add_command(
 def add_settings(parser: argparse.ArgumentParser, fields: Collection[str] | None = None) -> None:
     """A flag for each setting, or for those in ``fields``, named after it."""
     group = parser.add_argument_group("settings", "each also as an environment variable; the flag wins")
+    names = Settings.model_fields if fields is None else fields
+    parser.set_defaults(fields_read={*names, *PICTURE_FIELDS})
     for name, field in Settings.model_fields.items():
-        if fields is not None and name not in fields:
+        if name not in names:
             continue
         description = f"{field.description} (default {_shown(field.default)}; {ENV_PREFIX}{name.upper()})"
         group.add_argument(
@@ -61,6 +65,8 @@ def add_settings(parser: argparse.ArgumentParser, fields: Collection[str] | None
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """The settings that flags, environment and defaults give, in that order.
 
+    Of the environment a command reads what concerns it: no port where none is opened.
+
     Raises:
         UsageError: a value out of bounds; names the flag or the variable.
     """
@@ -68,8 +74,13 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     given = {
         name.removeprefix(prefix): value for name, value in vars(arguments).items() if name.startswith(prefix)
     }
+    unread = {
+        name: field.default
+        for name, field in Settings.model_fields.items()
+        if name not in arguments.fields_read
+    }
     try:
-        return Settings(**given)
+        return Settings(**{**unread, **given})
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         message = str(first["msg"]).removeprefix("Value error, ")

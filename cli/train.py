@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cli.errors import CommandError, UsageError
 from cli.options import Subparsers, add_command, positive_int
+from model.spelling import suggest
 
 PHASES = {
     "phase0": "the encoder, distilled from a pretrained network (mini only)",
@@ -45,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
         f"phases and what each one trains:\n{phases}",
         EXAMPLES,
     )
-    parser.add_argument("phase", choices=PHASES, metavar="PHASE", help=" | ".join(PHASES))
+    parser.add_argument("phase", type=_phase, metavar="PHASE", help=" | ".join(PHASES))
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe, YAML")
     parser.add_argument(
         "--set",
@@ -98,6 +99,12 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
         help="of the run, one a GPU (default: as torchrun says, else 1)",
     )
     group.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _phase(text: str) -> str:
+    if text not in PHASES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PHASES)}{suggest(text, PHASES)}")
+    return text
 
 
 def _images(text: str) -> int | None:

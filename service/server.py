@@ -21,7 +21,7 @@ from service.errors import StartError, UnavailableError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.protocol import protocol_class
-from service.settings import Settings, unknown_variables
+from service.settings import Settings, environment_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
     """
     logs.configure(settings.log_level, settings.log_format)
     _allow_connections(settings.max_connections)
-    for name in unknown_variables():
-        logger.warning("the environment variable %s names no setting and is ignored", name)
+    for sentence in environment_warnings():
+        logger.warning("%s", sentence)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as exc:

@@ -5,16 +5,44 @@ bounds and a description that names the unit.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, SecretStr, StringConstraints, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from kernels.dispatch import FusionSetting
+from model.spelling import suggest
 
 ENV_PREFIX = "DRORAE_"
+# Variables of the same prefix that others read: training recipes, and the files under deploy/.
+OTHER_VARIABLES = frozenset(
+    {
+        "DRORAE_DATA",
+        "DRORAE_IMAGENET",
+        "DRORAE_BACKEND",
+        "DRORAE_BIND",
+        "DRORAE_DNS",
+        "DRORAE_KEYS_FILE",
+        "DRORAE_METRICS_BIND",
+        "DRORAE_PUBLISH",
+        "DRORAE_REPLICAS",
+        "DRORAE_SCRAPE_KEY_FILE",
+    }
+)
+# What Kubernetes sets in every pod for a Service whose name begins with drorae; Docker's links are alike.
+SERVICE_LINK = re.compile(
+    r"DRORAE(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+SERVICE_LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")  # the value of DRORAE_PORT then
 
 NonEmptyText = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 DevicePattern = r"^(auto|cpu|cuda(:\d{1,3})?)$"
@@ -182,6 +210,24 @@ class Settings(BaseSettings):
         "http://collector:4318; none where empty. Needs the extra drorae[otel].",
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Empty variables are as good as unset, and links of Kubernetes are not ours."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {
+            name: value
+            for name, value in env_settings.env_vars.items()
+            if value and value.strip() and not _is_service_link(name, value)
+        }
+        return init_settings, env_settings
+
     @field_validator("batch_buckets", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -232,8 +278,37 @@ def default_buckets(batch_size: int) -> tuple[int, ...]:
     return tuple(sorted({size for size in steps if size < batch_size} | {batch_size}))
 
 
-def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
-    """``DRORAE_*`` variables that name no setting: most likely typing errors."""
-    known = {f"{ENV_PREFIX}{name}".upper() for name in Settings.model_fields}
+def environment_warnings(environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Sentences about ``DRORAE_*`` variables that are ignored: typing errors, and links of Kubernetes."""
     names = os.environ if environment is None else environment
-    return sorted(name for name in names if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    known = [f"{ENV_PREFIX}{name}".upper() for name in Settings.model_fields]
+    for name in unknown_variables(names):
+        nearest = suggest(name.upper(), {*known, *OTHER_VARIABLES})
+        yield f"the environment variable {name} names no setting and is ignored{nearest}"
+    links = sorted(name for name, value in names.items() if _is_service_link(name, value))
+    if links:
+        yield (
+            f"ignored {', '.join(links)}: Kubernetes sets them for a Service of that name, they are no "
+            "settings; enableServiceLinks: false in the pod's spec keeps them out"
+        )
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """``DRORAE_*`` variables that nothing reads: most likely typing errors."""
+    known = {f"{ENV_PREFIX}{name}".upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    return sorted(
+        name
+        for name, value in environment.items()
+        if name.upper().startswith(ENV_PREFIX)
+        and name.upper() not in known
+        and not _is_service_link(name, value)
+    )
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set a variable; ``DRORAE_PORT`` and its like are told by their value."""
+    name = name.upper()
+    if SERVICE_LINK.fullmatch(name):
+        return True
+    is_port = name.startswith(ENV_PREFIX) and name.endswith("_PORT")
+    return is_port and SERVICE_LINK_ADDRESS.fullmatch(value) is not None

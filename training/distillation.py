@@ -208,8 +208,8 @@ def _check_recipe(recipe: DistillationRecipe, num_ranks: int) -> None:
 
 
 def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:
-    if recipe.preset not in PRESETS:
-        raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
+    if recipe.preset is None:
+        raise RecipeError(f"field 'preset': name the architecture, one of {', '.join(PRESETS)}")
     if not PRESETS[recipe.preset].encoder.class_token:
         raise RecipeError(f"field 'preset': the encoder of {recipe.preset!r} has no class token")
     return PRESETS[recipe.preset].model_copy(update={"fusion": None, "name": f"{recipe.preset}-phase0"})

@@ -3,13 +3,15 @@
 A recipe is complete: the run directory keeps a copy, and with the same data it gives the same weights.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from model.config import FrozenConfig, FusionConfig
+from model.config import PRESETS, FrozenConfig, FusionConfig
+from model.spelling import suggest
 from training.epochs import resolve_epochs
 from training.errors import RecipeError
 
@@ -131,6 +133,13 @@ class BaseRecipe(FrozenConfig):
     checkpoint_every_steps: PositiveInt = 500
     storage_dtype: Literal["float32", "float16"] = Field("float32", description="Of the exported weights.")
 
+    @field_validator("preset")
+    @classmethod
+    def _check_preset(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"{preset!r} is none of {', '.join(PRESETS)}{suggest(preset, PRESETS)}")
+        return preset
+
 
 class PhaseRecipe(BaseRecipe):
     """Phases 1 to 3, and joint training (an ablation)."""
@@ -186,9 +195,26 @@ def load_recipe(kind: type[RecipeType], path: Path, overrides: list[str]) -> Rec
     except RecipeError as exc:
         raise RecipeError(f"{path}: {exc}") from exc
     except ValidationError as exc:
-        error = exc.errors()[0]
-        field = ".".join(str(step) for step in error["loc"]) or "(root)"
-        raise RecipeError(f"{path}: field {field!r}: {error['msg']}") from exc
+        raise RecipeError(f"{path}: {_describe(exc, kind)}") from exc
+
+
+def _describe(problem: ValidationError, kind: type[BaseModel]) -> str:
+    """One sentence. A name that nobody knows comes first: what it was meant to be may be missing for it."""
+    errors = problem.errors(include_url=False)
+    error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    field = ".".join(str(step) for step in error["loc"]) or "(root)"
+    if error["type"] == "extra_forbidden":
+        return f"field {field!r}: there is no such field{suggest(field, _field_paths(kind))}"
+    return f"field {field!r}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _field_paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Names of a recipe's fields and sections, those of sections with their path."""
+    for name, field in kind.model_fields.items():
+        yield prefix + name
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _field_paths(inner, f"{prefix}{name}.")
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

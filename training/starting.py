@@ -63,8 +63,6 @@ def _keeps_latents(phase: str, recipe: PhaseRecipe, source: Tokenizer) -> bool:
 
 
 def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> TokenizerConfig:
-    if recipe.preset is not None and recipe.preset not in PRESETS:
-        raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
     fusion = source.fusion
     if phase == "phase1":
         fusion = None

@@ -199,8 +199,6 @@ def point_recipe(recipe: SweepRecipe, centre: FusionConfig, size: Size) -> Phase
 
 def _centre(recipe: SweepRecipe, encoder: EncoderConfig) -> FusionConfig:
     """The fusion that the sizes vary, fitted to the encoder."""
-    if recipe.preset is not None and recipe.preset not in PRESETS:
-        raise RecipeError(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
     fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
     if fusion is None:
         raise RecipeError("field 'fusion': name a preset or give the fusion that the sizes vary")

@@ -118,3 +118,17 @@ def test_contradicting_settings_name_both(refused, served):
 def test_file_commands_take_the_model_from_the_environment(run, monkeypatch, checkpoint):
     monkeypatch.setenv("DRORAE_CHECKPOINT", str(checkpoint))
     assert "tiny" in run("info").out
+
+
+def test_commands_that_open_no_port_read_none(run, refused, monkeypatch, checkpoint, photo, tmp_path):
+    """Nor anything else that only the service needs; what they do read is judged."""
+    monkeypatch.setenv("DRORAE_PORT", "http")
+    monkeypatch.setenv("DRORAE_QUEUE_LIMIT_ITEMS", "1")
+    use = ("--checkpoint", checkpoint)
+    assert run("info", checkpoint).status == 0
+    assert run("encode", photo, "-o", tmp_path / "latents.safetensors", *use).status == 0
+    assert run("decode", tmp_path / "latents.safetensors", tmp_path / "out.png", *use).status == 0
+    assert refused("serve").startswith("drorae: DRORAE_")
+    monkeypatch.setenv("DRORAE_MAX_IMAGE_PIXELS", "none")
+    message = refused("encode", photo, "-o", tmp_path / "other.safetensors", *use)
+    assert message.startswith("drorae: DRORAE_MAX_IMAGE_PIXELS: ")

@@ -44,6 +44,10 @@ def test_train_defaults(run, training_run, recipe):
     assert training_run.calls == [("phase1", recipe, [], None, False)]
 
 
+def test_an_unknown_phase_suggests_the_nearest(run):
+    assert "did you mean 'phase2'?" in run("train", "fase2").err
+
+
 def test_train_refuses_before_it_loads_anything(refused, training_run, recipe, tmp_path):
     missing = tmp_path / "none.yaml"
     assert f"{missing}: there is no such recipe file" in refused("train", "phase1", "--config", missing)

@@ -1,12 +1,31 @@
 """Settings: every field documented and bounded, the environment read with a prefix."""
 
 import itertools
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, unknown_variables
+from service.settings import OTHER_VARIABLES, Settings, environment_warnings, unknown_variables
+
+ROOT = Path(__file__).parents[2]
+# What the kubelet sets in every pod of a namespace with a Service called drorae, or drorae-decoder.
+SERVICE_LINKS = {
+    f"{service}_{name}": value
+    for service in ("DRORAE", "DRORAE_DECODER")
+    for name, value in {
+        "PORT": "tcp://10.96.0.12:8000",
+        "SERVICE_HOST": "10.96.0.12",
+        "SERVICE_PORT": "8000",
+        "SERVICE_PORT_HTTP": "8000",
+        "PORT_8000_TCP": "tcp://10.96.0.12:8000",
+        "PORT_8000_TCP_ADDR": "10.96.0.12",
+        "PORT_8000_TCP_PORT": "8000",
+        "PORT_8000_TCP_PROTO": "tcp",
+    }.items()
+}
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -92,6 +111,62 @@ def test_impossible_values_are_refused(bad: dict[str, object]) -> None:
 def test_misspelt_variables_are_found() -> None:
     environment = {"DRORAE_PORT": "1", "drorae_host": "x", "DRORAE_CHEKPOINT": "x", "PATH": "/"}
     assert unknown_variables(environment) == ["DRORAE_CHEKPOINT"]
+    assert list(environment_warnings({})) == []
+    (sentence,) = environment_warnings(environment)
+    assert "DRORAE_CHEKPOINT names no setting" in sentence
+    assert sentence.endswith("did you mean 'DRORAE_CHECKPOINT'?")
+
+
+def test_every_variable_of_the_repository_is_known() -> None:
+    """Of recipes, scripts, compose files and docs."""
+    listed = subprocess.run(
+        [
+            "git",
+            "grep",
+            "-hoE",
+            r"\bDRORAE_[A-Z0-9_]+\b",
+            "--",
+            "deploy",
+            "docs",
+            "training",
+            "cli",
+            "*.md",
+            "*file",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("the sources are not a git checkout")
+    names = set(listed.stdout.split()) - {"DRORAE_NAME"}  # a placeholder
+    assert names >= OTHER_VARIABLES
+    assert unknown_variables(dict.fromkeys(names, "1")) == []
+
+
+def test_links_of_kubernetes_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().port == 8000
+    assert unknown_variables(SERVICE_LINKS) == []
+    (sentence,) = environment_warnings(SERVICE_LINKS)
+    assert "Kubernetes" in sentence
+    assert all(re.search(rf"\b{name}\b", sentence) for name in SERVICE_LINKS)
+
+
+def test_a_port_that_is_none_is_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRORAE_PORT", "http")
+    with pytest.raises(ValidationError, match="port"):
+        Settings()
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_empty_variables_are_as_good_as_unset(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"DRORAE_{name.upper()}", empty)
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert Settings().model_dump() == defaults
 
 
 def test_the_readme_lists_every_setting() -> None:

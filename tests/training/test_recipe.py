@@ -38,3 +38,34 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
         load_recipe(PhaseRecipe, tmp_path / "none.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("loss.l2", "loss.l1"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("optimizer.learning_rte", "optimizer.learning_rate"),
+        ("optimiser.learning_rate", "optimizer"),
+        ("batchsize", "batch_size"),
+        ("data.num_worker", "data.num_workers"),
+        ("fusion.hiden_width", "fusion.hidden_width"),
+    ],
+)
+def test_unknown_fields_suggest_the_nearest(recipe_file: Path, name: str, nearest: str) -> None:
+    with pytest.raises(RecipeError, match=rf"no such field; did you mean '{nearest}'\?"):
+        load_recipe(PhaseRecipe, recipe_file, [f"{name}=1"])
+
+
+def test_a_misspelt_field_comes_before_the_one_that_is_missing_for_it(recipe_file: Path) -> None:
+    text = recipe_file.read_text().replace("num_steps:", "nmu_steps:")
+    recipe_file.write_text(text)
+    with pytest.raises(RecipeError, match=r"field 'nmu_steps': .* did you mean 'num_steps'\?"):
+        load_recipe(PhaseRecipe, recipe_file, [])
+
+
+def test_unknown_presets_suggest_the_nearest(recipe_file: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"field 'preset': 'dino-b' is none of .* did you mean 'dinov2-b'\?"
+    ):
+        load_recipe(PhaseRecipe, recipe_file, ["preset=dino-b"])
