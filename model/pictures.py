@@ -6,11 +6,13 @@ alpha composited on white, antialiased bicubic resize, then a crop, padding or n
 makes tensors of them; PyTorch is not needed here.
 """
 
+import functools
 import io
 import logging
 import struct
 import zlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -51,6 +53,8 @@ _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _WHITE = (255, 255, 255)
+_GAMMA_THRESHOLD = 0.05
+"""Of a stated gamma from 1/2.2, below which colours stay as they are, as in libpng."""
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -70,14 +74,15 @@ def to_srgb(picture: Image.Image) -> Image.Image:
     Raises:
         ImageError: pixels of a type that has no defined colours, such as 32-bit integers.
     """
-    profile = picture.info.get("icc_profile")
-    transparency = picture.info.get("transparency")
     if picture.mode in _WIDE_MODES:
-        picture, transparency = _narrow(picture, transparency)
+        picture = narrow(picture)
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    info, transparency = picture.info, picture.info.get("transparency")
     if picture.mode in _ALPHA_MODES or transparency is not None:
         colour_mode = "L" if picture.mode in ("L", "LA") else "RGB"  # a grey profile wants grey pixels
         picture = picture.convert("RGBA")
-        colours = _apply_profile(picture.convert(colour_mode), profile)
+        colours = _apply_profile(picture.convert(colour_mode), info)
         on_white = Image.new("RGB", picture.size, _WHITE)
         on_white.paste(colours, mask=picture.getchannel("A"))
         return on_white
@@ -85,20 +90,35 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         raise ImageError(f"has pixels of type {picture.mode!r}, whose colours are not defined")
     if picture.mode in ("1", "P", "YCbCr"):
         picture = picture.convert("RGB")
-    return _apply_profile(picture, profile)
+    return _apply_profile(picture, info)
 
 
-def _narrow(picture: Image.Image, transparency: object) -> tuple[Image.Image, None]:
-    """16-bit grey to 8 bits, scaled (Pillow's own conversion clips); the transparent grey becomes white."""
+def narrow(picture: Image.Image, white: int = 65535, is_negative: bool = False) -> Image.Image:
+    """Grey of up to 16 bits to 8, scaled (Pillow's own conversion clips); a transparent grey becomes white.
+
+    Args:
+        picture: of a mode of 16 bits.
+        white: the value of white.
+        is_negative: whether white is 0 instead, and ``white`` black.
+    """
     values = np.asarray(picture).astype(np.float32)
-    grey = np.clip(values / 257.0, 0, 255).round().astype(np.uint8)
+    grey = np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8)
+    if is_negative:
+        grey = 255 - grey
+    transparency = picture.info.get("transparency")
     if isinstance(transparency, int):
         grey[values == transparency] = 255
-    return Image.fromarray(grey), None
+    narrowed = Image.fromarray(grey)
+    narrowed.info = {name: value for name, value in picture.info.items() if name != "transparency"}
+    return narrowed
 
 
-def _apply_profile(picture: Image.Image, profile: object) -> Image.Image:
-    """Colours to sRGB by the embedded profile; a profile that is broken or of another kind is ignored."""
+def _apply_profile(picture: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    """Colours to sRGB, by the embedded profile or else by the gamma that a PNG file states.
+
+    A profile that is broken or of another kind is ignored.
+    """
+    profile = info.get("icc_profile")
     if isinstance(profile, bytes) and profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -108,7 +128,20 @@ def _apply_profile(picture: Image.Image, profile: object) -> Image.Image:
         else:
             assert converted is not None
             return converted
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    gamma = info.get("gamma", 0.0)
+    if "srgb" in info or not 0 < gamma < 10 or abs(gamma * 2.2 - 1) < _GAMMA_THRESHOLD:
+        return picture
+    return picture.point(_gamma_table(gamma) * 3)
+
+
+@functools.lru_cache(maxsize=16)
+def _gamma_table(gamma: float) -> list[int]:
+    """Bytes that hold the ``gamma``-th power of light, to bytes of sRGB."""
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    table: list[int] = (encoded * 255).round().astype(int).tolist()
+    return table
 
 
 def fit_picture(picture: Image.Image, side: int, fit: Fit = "crop") -> Image.Image:

@@ -6,34 +6,15 @@ fitted. Of animations the first frame is taken. What a file may cost is judged f
 any pixel is decoded.
 """
 
-import io
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from model.errors import ImageError as ModelImageError
-from model.pictures import DECODER_ERRORS, Fit, fit_picture, to_srgb, upright
+from model.opening import READABLE_FORMATS, open_picture, sniff
+from model.pictures import DECODER_ERRORS, Fit, fit_picture
 from service.errors import ImageError, MalformedError, TooLargeError
-
-_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "WebP": WebPImageFile,
-    "GIF": GifImageFile,
-    "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
-}
-READABLE_FORMATS = ", ".join(_OPENERS)
-
-_PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -45,23 +26,6 @@ class ImageRules:
     max_aspect_ratio: float
     fit: Fit = "crop"
     max_frames: int = 1000
-
-
-def sniff(data: bytes) -> str | None:
-    """Name of the image format that the first bytes announce, or None."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WebP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"BM"):
-        return "BMP"
-    if data.startswith((b"II*\0", b"MM\0*")):
-        return "TIFF"
-    return None
 
 
 def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Image.Image:
@@ -86,13 +50,10 @@ def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Ima
         width, height = struct.unpack(">II", data[16:24])
         check_size(width, height, rules, name)
     try:
-        with _OPENERS[kind](io.BytesIO(data)) as picture:
+        with open_picture(data) as picture:
             check_size(*picture.size, rules, name)
-            _check_frames(picture, rules, name)
-            picture.load()
-            if kind == "PNG" and _PNG_END not in data:  # Pillow is content with the pixels
-                raise OSError("its end is missing")
-            rgb = to_srgb(upright(picture))
+            _check_frames(picture.image, rules, name)
+            rgb = picture.read()
     except Image.DecompressionBombError as exc:  # WebP and tiled TIFF: Pillow looks before we can
         raise TooLargeError(
             f"{_capital(name)} declares more pixels than can be decoded: {_reason(exc)}."

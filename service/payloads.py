@@ -15,9 +15,10 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from model.opening import sniff
 from model.tokenizer import Tokenizer
 from service import tensors
-from service.decoding import ImageRules, sniff
+from service.decoding import ImageRules
 from service.errors import (
     ForeignCheckpointError,
     ImageError,

@@ -3,7 +3,6 @@
 Shape legend: B batch, S side in pixels.
 """
 
-import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from model.pictures import DECODER_ERRORS, fit_picture, fitted_size, to_srgb, upright
+from model.errors import ImageError
+from model.opening import open_picture
+from model.pictures import DECODER_ERRORS, fit_picture, fitted_size
 from model.pixels import to_byte_tensor
 from training.distributed import Ranks
 from training.errors import DataError
@@ -60,7 +61,7 @@ class Batch:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode to RGB as the service does (`model.pictures`).
+    """Decode to RGB as the service does (`model.opening`).
 
     Raises:
         DataError: not an image, truncated, or larger than 64 megapixels.
@@ -68,13 +69,15 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks about metadata say nothing of the pixels
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
-            image.load()
-            return to_srgb(upright(image))
+            with open_picture(data) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise DataError(f"{width}x{height} pixels exceed the limit of {MAX_PIXELS}")
+                return picture.read()
     except DataError:
         raise
+    except ImageError as exc:
+        raise DataError(str(exc)) from exc
     except (*DECODER_ERRORS, Image.DecompressionBombError) as exc:
         raise DataError(f"not a readable image: {exc}") from exc
 
