@@ -3,9 +3,7 @@
 Shape legend: N items, C h w one latent, S image side.
 """
 
-import base64
 import io
-import json
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,9 @@ from service import tensors
 from service.engine import dtype_name
 from service.errors import OptionError
 from service.images import PictureFormat, write_picture
+from service.json_documents import write_document
+from service.json_files import write_files
+from service.json_numbers import write_numbers
 from service.negotiation import JPEG, JSON, NPY, PICTURE_MEDIA_TYPES, PNG, RAW, SAFETENSORS, WEBP, ZIP
 from service.runner import collate
 from service.schemas import (
@@ -88,9 +89,10 @@ def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, ori
             normalized=options.normalize,
             dtype=cast(FloatName, dtype_name(narrowed.dtype)),
             shape=list(narrowed.shape),
-            latents=narrowed.float().tolist(),
+            latents=[],
         )
-        return Response(json.dumps(vars(document), allow_nan=False), media_type=JSON)
+        content = write_document(document, "latents", write_numbers(narrowed))
+        return Response(content, media_type=JSON)
     metadata = {
         **origin.metadata(),
         "normalized": str(options.normalize).lower(),
@@ -187,7 +189,7 @@ def _json_pictures(
         model=origin.model,
         checkpoint_sha256=origin.checkpoint_sha256,
         image_format="jpeg" if picture_format == "jpeg" else "png",
-        images=[base64.b64encode(file).decode("ascii") for file in files],
+        images=[],
     )
     if originals:
         exact = to_unit(collate(originals))
@@ -197,7 +199,7 @@ def _json_pictures(
             psnr=[value if math.isfinite(value) else None for value in decibels],
             ssim=ssim(pictures, exact).tolist(),
         )
-    return Response(document.model_dump_json(), media_type=JSON)
+    return Response(write_document(document, "images", write_files(files)), media_type=JSON)
 
 
 def _zip(files: list[bytes], extension: str) -> bytes:

@@ -3,16 +3,12 @@
 Shape legend: N items, C h w one latent, S image side.
 """
 
-import base64
-import binascii
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from model.opening import sniff
@@ -23,13 +19,14 @@ from service.errors import (
     ForeignCheckpointError,
     ImageError,
     LatentsError,
-    MalformedError,
     MediaTypeError,
     OptionError,
     TooLargeError,
-    describe_validation,
 )
 from service.images import read_pixels
+from service.json_documents import looks_like_json, read_document
+from service.json_files import read_files
+from service.json_numbers import read_numbers
 from service.multipart import MULTIPART, split_multipart
 from service.negotiation import JSON, NPY, RAW, SAFETENSORS
 from service.schemas import (
@@ -42,7 +39,6 @@ from service.schemas import (
 )
 
 ImageOptions = EncodeOptions | ReconstructOptions
-Document = TypeVar("Document", bound=BaseModel)
 
 IMAGE_FILE = "image/*"
 IMAGE_MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff")
@@ -55,7 +51,6 @@ _UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream",
 _IMAGE_ALIASES = ("image/*", "image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-tiff")
 _PIXEL_SLACK = 1.0
 _BATCH_DIMENSIONS = 4
-_MAX_JSON_FIELDS = 100
 
 
 @dataclass(frozen=True)
@@ -124,9 +119,9 @@ def split_images(payload: Payload, kind: str, max_items: int) -> list[ImagePart]
     if kind == MULTIPART:
         files = split_multipart(payload.data, payload.boundary, max_items)
     elif kind == JSON:
-        encoded = _parse(ImagesIn, payload.data).images
-        _check_count(len(encoded), max_items)
-        files = [_decode_base64(text, index) for index, text in enumerate(encoded)]
+        _, files = read_document(
+            payload.data, ImagesIn, "images", b'[""]', partial(read_files, max_files=max_items)
+        )
     else:
         files = [payload.data]
     if len(files) == 1:
@@ -170,11 +165,12 @@ def read_latents(
     elif kind == NPY:
         latents = tensors.read_npy(payload.data)
     elif kind == JSON:
-        _check_numbers(payload.data, tokenizer.config.latent_shape, max_items)
-        document = _parse(LatentsIn, payload.data)
+        max_shape = (max_items, *tokenizer.config.latent_shape)
+        document, latents = read_document(
+            payload.data, LatentsIn, "latents", b"[0]", partial(read_numbers, max_shape=max_shape)
+        )
         normalized = document.normalized
         _check_checkpoint(document.checkpoint_sha256, tokenizer)
-        latents = _tensor_of_lists(document.latents)
     else:
         latents = tensors.read_raw(payload.data, options.shape, options.dtype)
     if latents.dtype not in tensors.FLOAT_DTYPES:
@@ -216,7 +212,7 @@ def _body_kind(
 def _sniff_image_body(data: bytes) -> str | None:
     if sniff(data) is not None:
         return IMAGE_FILE
-    return JSON if _looks_like_json(data) else None
+    return JSON if looks_like_json(data) else None
 
 
 def _sniff_latent_body(data: bytes) -> str | None:
@@ -224,42 +220,12 @@ def _sniff_latent_body(data: bytes) -> str | None:
         return NPY
     if tensors.looks_like_safetensors(data):
         return SAFETENSORS
-    return JSON if _looks_like_json(data) else None
-
-
-def _looks_like_json(data: bytes) -> bool:
-    return data.lstrip()[:1] == b"{"
+    return JSON if looks_like_json(data) else None
 
 
 def _check_count(num_items: int, max_items: int) -> None:
     if num_items > max_items:
         raise TooLargeError(f"The request has {num_items} items; at most {max_items} are accepted.")
-
-
-def _check_numbers(data: bytes, latent_shape: tuple[int, int, int], max_items: int) -> None:
-    """Judge a JSON body by its commas: parsed, its numbers take many times their bytes."""
-    most = max_items * math.prod(latent_shape) + _MAX_JSON_FIELDS
-    if data.count(b",") > most:
-        raise TooLargeError(f"The body has more numbers than {max_items} latents, the most accepted.")
-
-
-def _parse(document: type[Document], data: bytes) -> Document:
-    try:
-        return document.model_validate_json(data)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise MalformedError(
-                f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}."
-            ) from exc
-        raise OptionError(describe_validation(first, "field")) from exc
-
-
-def _decode_base64(text: str, index: int) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise MalformedError(f"Image {index} is not standard base64: {exc}.") from exc
 
 
 def _unit_range(batch: Tensor, value_range: str) -> Tensor:
@@ -277,17 +243,6 @@ def _unit_range(batch: Tensor, value_range: str) -> Tensor:
             "pixels of 0 to 255 are sent as uint8."
         )
     return ((batch - low) / (high - low)).clamp(0, 1)
-
-
-def _tensor_of_lists(lists: Sequence[object]) -> Tensor:
-    try:
-        array = np.array(lists)
-    except (ValueError, OverflowError) as exc:
-        raise LatentsError("The lists of 'latents' differ in length or depth: they are no tensor.") from exc
-    if array.dtype.kind not in "fiu":
-        raise LatentsError("The lists of 'latents' hold something other than numbers.")
-    with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is refused as such
-        return torch.from_numpy(array.astype(np.float32))
 
 
 def _as_batch(latents: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.tokenizer import finite_items
 from service.errors import LatentsError, MalformedError, OptionError, UnprocessableError
+from service.json_documents import unique_names
 
 DTYPES: Mapping[str, torch.dtype] = {
     "uint8": torch.uint8,
@@ -252,15 +253,3 @@ def _safetensors_header(data: bytes) -> tuple[dict[str, object], dict[str, str],
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedError("The safetensors header is damaged: its metadata is not a map of strings.")
     return header, metadata, 8 + num_bytes
-
-
-def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """The members of a JSON object, for ``json.loads(..., object_pairs_hook=unique_names)``.
-
-    Raises:
-        ValueError: a name that is there twice; which of them counts, no two readers agree on.
-    """
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("an object has two members of one name")
-    return members
