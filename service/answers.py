@@ -18,6 +18,7 @@ from model.metrics import psnr, ssim
 from model.pixels import to_bytes, to_unit
 from model.tokenizer import Tokenizer
 from service import tensors
+from service.batching import Operation
 from service.engine import dtype_name
 from service.errors import OptionError
 from service.images import PictureFormat, write_picture
@@ -99,6 +100,16 @@ def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, ori
         "latent": options.latent,
     }
     return _tensor_answer("latents", narrowed, media_type, metadata)
+
+
+def writing_bytes(operation: Operation, media_type: str, result_bytes: int) -> int:
+    """Most memory that writing an answer takes, its own bytes included, for float32 results of so many bytes.
+
+    Latents as text have up to 22 characters a number; other formats hold the results once more in another
+    type, and then as bytes.
+    """
+    as_text = operation is Operation.ENCODE and media_type == JSON
+    return (6 if as_text else 2) * result_bytes
 
 
 def offered_pictures(options: PictureOutOptions) -> tuple[str, ...]:

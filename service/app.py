@@ -6,13 +6,18 @@ from contextlib import asynccontextmanager
 
 import torch
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
 from service.auth import ApiKeys
 from service.engine import Engine, Load, load_tokenizer
 from service.metrics import Metrics
-from service.middleware import REQUEST_ID_HEADER, TIMEOUT_HEADER, GateMiddleware, RequestMiddleware
+from service.middleware import (
+    REQUEST_ID_HEADER,
+    TIMEOUT_HEADER,
+    CrossOriginMiddleware,
+    GateMiddleware,
+    RequestMiddleware,
+)
 from service.openapi import install_openapi
 from service.pipeline import Pipeline
 from service.problems import install_handlers
@@ -26,6 +31,7 @@ _DESCRIPTION = (
     "and back. "
     "Formats are chosen by `Accept` or `?format=`. Errors are problem documents (RFC 9457)."
 )
+_LAST_BATCH_S = 0.3
 _NAMED_ROUTES = ("/encode", "/decode", "/reconstruct", "/info", "/livez", "/readyz", "/metrics", "/docs")
 _CORS_METHODS = ("GET", "HEAD", "POST")
 _TRACE_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
@@ -71,8 +77,8 @@ def create_app(
         engine.start()
         await pipeline.decoders.start()
         yield
-        await asyncio.to_thread(engine.close, settings.drain_timeout_s)
-        await pipeline.close()
+        # Every request has been answered by now; a batch that nobody waits for may still run.
+        await asyncio.gather(asyncio.to_thread(engine.close, _LAST_BATCH_S), pipeline.close())
         if spans is not None:
             await asyncio.to_thread(spans.close)
 
@@ -100,7 +106,7 @@ def _add_middleware(
     app.add_middleware(GateMiddleware, keys=keys, max_request_timeout_s=settings.max_request_timeout_s)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOriginMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=_CORS_METHODS,
             allow_headers=_CORS_ALLOWED,

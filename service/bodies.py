@@ -1,5 +1,10 @@
 """Reading a request's bytes, bounded while they stream in."""
 
+import asyncio
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
@@ -7,56 +12,89 @@ from service.errors import (
     DisconnectError,
     MalformedError,
     MediaTypeError,
+    RequestTimeoutError,
     TooLargeError,
 )
 
 _MAX_LENGTH_DIGITS = 18
 
 
-def declared_bytes(request: Request, max_bytes: int) -> int:
-    """How many bytes a body has by its headers; ``max_bytes`` where they do not tell.
+@dataclass(frozen=True)
+class BodyLimits:
+    """What a body may be.
+
+    Attributes:
+        max_bytes: how large.
+        timeout_s: how long it may pause, seconds.
+        bytes_per_s: how slow it may be.
+    """
+
+    max_bytes: int
+    timeout_s: float
+    bytes_per_s: int
+
+
+def check_declared(request: Request, max_bytes: int) -> None:
+    """Refuse a body by its headers, before any of it is read.
 
     Raises:
         MalformedError: a Content-Length that is no number.
         MediaTypeError: a compressed body.
         TooLargeError: more than ``max_bytes``.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
+    encodings = request.headers.getlist("content-encoding")
+    if any(encoding.strip().lower() not in ("", "identity") for encoding in encodings):
         raise MediaTypeError(
-            f"Bodies with Content-Encoding {encoding[:50]!r} are not read: send it uncompressed."
+            f"Bodies with Content-Encoding {', '.join(encodings)[:50]!r} are not read: send it uncompressed."
         )
-    declared = request.headers.get("content-length")
-    if declared is None:
-        return max_bytes
+    declared = request.headers.get("content-length", "0")
     if not (declared.isascii() and declared.isdecimal()):
         raise MalformedError("Content-Length is not a number.")
     if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    return int(declared)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; stops as soon as it is too large, whatever Content-Length says.
+async def read_body(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytes:
+    """The whole body; stops as soon as it is too large or too slow, whatever Content-Length says.
+
+    Every byte earns the body time, up to ``limits.timeout_s`` from now: so much it may pause, and so much
+    it may be behind the least rate.
+
+    Args:
+        request: its headers are there.
+        limits: what it may be.
+        hold: called with the bytes that came so far, before they are kept; raises where there is no room.
 
     Raises:
         MalformedError: an empty body.
         DisconnectError: the client went away.
-        TooLargeError: more than ``max_bytes``.
+        RequestTimeoutError: too slow.
+        TooLargeError: more than ``limits.max_bytes``.
     """
-    chunks: list[bytes] = []
-    num_bytes = 0
+    loop = asyncio.get_running_loop()
+    body = io.BytesIO()  # grows in place, and gives what it has without a copy
+    until_s = loop.time() + limits.timeout_s
     try:
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise _too_large(max_bytes)
-            chunks.append(chunk)
+        async with asyncio.timeout_at(until_s) as timeout:
+            async for chunk in request.stream():
+                num_bytes = body.tell() + len(chunk)
+                if num_bytes > limits.max_bytes:
+                    raise _too_large(limits.max_bytes)
+                hold(num_bytes)
+                body.write(chunk)
+                earned_s = until_s + len(chunk) / limits.bytes_per_s
+                until_s = min(earned_s, loop.time() + limits.timeout_s)
+                timeout.reschedule(until_s)
     except ClientDisconnect as exc:
         raise DisconnectError("The client went away before its body was complete.") from exc
-    if num_bytes == 0:
+    except TimeoutError as exc:
+        raise RequestTimeoutError(
+            f"The body came too slowly: it may pause for {limits.timeout_s:g} s, "
+            f"and has at least {limits.bytes_per_s} bytes a second."
+        ) from exc
+    if body.tell() == 0:
         raise MalformedError("The body is empty.")
-    return b"".join(chunks)
+    return body.getvalue()
 
 
 def media_type_of(request: Request) -> tuple[str, dict[bytes, bytes]]:

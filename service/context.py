@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ class RequestContext:
         outcome: ``ok``, or the slug of the problem that was answered.
         stages: where the time went, in order: read, decode, queue, batch, device, encode.
         trace: where the request stands in a distributed trace.
+        resources: what it gives back once its answer is sent.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class RequestContext:
     outcome: str = "ok"
     stages: list[Stage] = field(default_factory=list)
     trace: TraceContext = field(default_factory=TraceContext.fresh)
+    resources: ExitStack = field(default_factory=ExitStack)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:

@@ -41,7 +41,7 @@ _ROOT = Path(__file__).parent.parent
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 _START_S = 30.0
-_END_S = 2.0  # how long a decoder may take to end by itself
+_END_S = 0.5  # how long a decoder may take to end by itself
 
 
 @dataclass(eq=False)

@@ -5,10 +5,12 @@
     StartError                  what keeps the service from starting; no client sees it
     ServiceError
     ├── MalformedError          400  not what it claims to be: empty, truncated, not decodable
+    │   └── PreflightError           a web page's origin, method or header is not allowed
     ├── UnauthorizedError       401  no key, or a wrong one
     ├── NotFoundError           404  no such path
     ├── MethodError             405  the path does not take this method
     ├── NotAcceptableError      406  none of the media types in Accept can be produced
+    ├── RequestTimeoutError     408  the head or body of the request did not come in time
     ├── TooLargeError           413  too many bytes, pixels or items
     ├── MediaTypeError          415  a media type that the route does not read
     ├── UnprocessableError      422  understood, but impossible
@@ -20,9 +22,11 @@
     ├── HeadersTooLargeError    431  too many request headers, or too large ones
     ├── DisconnectError         499  the client went away; nobody sees it
     ├── InternalError           500  our fault
+    ├── TransferCodingError     501  a transfer coding other than chunked
     ├── UnavailableError        503  loading, draining, or the model cannot be run
     │   └── DeviceMemoryError        the device has no memory left for the item
-    └── DeadlineError           504  the request's time is up
+    ├── DeadlineError           504  the request's time is up
+    └── VersionError            505  neither HTTP/1.0 nor HTTP/1.1
 
 `service.problems` turns every one into an RFC 9457 problem document. Nothing of HTTP is imported here:
 the decoders, which are processes of their own, raise these errors too.
@@ -60,6 +64,10 @@ class MalformedError(ServiceError):
     status, slug, title = 400, "malformed", "Malformed request"
 
 
+class PreflightError(MalformedError):
+    """The cross-origin rules do not allow what a web page is about to send."""
+
+
 class UnauthorizedError(ServiceError):
     """The request carries no key, or none that is known."""
 
@@ -85,6 +93,15 @@ class NotAcceptableError(ServiceError):
     """Nothing that the client accepts can be produced."""
 
     status, slug, title = 406, "not-acceptable", "Not acceptable"
+
+
+class RequestTimeoutError(ServiceError):
+    """The client sent its request too slowly; its connection is closed."""
+
+    status, slug, title = 408, "request-timeout", "Request timeout"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, {"Connection": "close"})
 
 
 class TooLargeError(ServiceError):
@@ -151,6 +168,12 @@ class InternalError(ServiceError):
     """An error of ours; the log has the details under the request's id."""
 
 
+class TransferCodingError(ServiceError):
+    """The body has a transfer coding that is not read here."""
+
+    status, slug, title = 501, "transfer-coding", "Unknown transfer coding"
+
+
 class UnavailableError(ServiceError):
     """The model is loading, the service is draining, or the model cannot be run."""
 
@@ -167,6 +190,12 @@ class DeadlineError(ServiceError):
     """The request's deadline passed."""
 
     status, slug, title = 504, "deadline-passed", "Deadline passed"
+
+
+class VersionError(ServiceError):
+    """The request's version of HTTP is not spoken here."""
+
+    status, slug, title = 505, "http-version", "HTTP version not supported"
 
 
 def describe_validation(error: Mapping[str, Any], kind: Literal["option", "field"]) -> str:

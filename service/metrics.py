@@ -41,7 +41,7 @@ class Metrics:
         )
         self.rejected_connections = self._counter(
             "rejected_connections",
-            "Connections closed, by reason (limit, header-timeout, header-bytes, slow-reader).",
+            "Connections closed, by reason (limit, idle, header-timeout, header-bytes, slow-reader).",
             "reason",
         )
         self.disconnects = self._counter(

@@ -10,13 +10,16 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import ApiKeys
 from service.context import RequestContext
-from service.errors import InternalError, MalformedError, OptionError, UnauthorizedError
+from service.errors import InternalError, OptionError, PreflightError, UnauthorizedError, UnavailableError
 from service.metrics import Metrics
 from service.problems import problem_response
 from service.spans import FinishedRequest
@@ -32,12 +35,15 @@ TIMEOUT_PATTERN = r"^(?=.*[1-9])[0-9]{1,15}(\.[0-9]{1,15})?$"
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
 """What probes ask without a key."""
 
+SLICE_BYTES = 64 * 1024
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 _TIMEOUT = re.compile(TIMEOUT_PATTERN)
 _OTHER_ROUTE = "other"
 _REQUEST_ID_NAME, _TIMEOUT_NAME = REQUEST_ID_HEADER.lower().encode(), TIMEOUT_HEADER.lower().encode()
 _TRACEPARENT_NAME, _TRACESTATE_NAME = TRACEPARENT_HEADER.encode(), TRACESTATE_HEADER.encode()
 _NO_STORE = (b"cache-control", b"no-store")
+_OF_A_BODY = frozenset({"content-length", "content-type"})
 _CLOSE = (b"connection", b"close")
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
@@ -106,9 +112,11 @@ class RequestMiddleware:
                 message["headers"] = _complete_headers(list(message.get("headers", ())), context)
                 if self._is_closing():
                     message["headers"].append(_CLOSE)
-            else:
-                bytes_out += len(message.get("body", b""))
-            await send(message)
+                await send(message)
+                return
+            bytes_out += len(message.get("body", b""))
+            for part in _in_slices(message):
+                await send(part)
 
         self._metrics.requests_in_flight.inc()
         try:
@@ -117,9 +125,8 @@ class RequestMiddleware:
             context.outcome = InternalError.slug  # an answer that was begun or abandoned: uvicorn closes
             raise
         finally:
+            context.resources.close()
             self._metrics.requests_in_flight.dec()
-            if status >= 400 and context.outcome == "ok":  # the cross-origin rules refused a preflight
-                context.outcome = MalformedError.slug
             route = scope["path"] if scope["path"] in self._routes else ""
             version = scope.get("http_version", "1.1")
             request = FinishedRequest(
@@ -172,6 +179,14 @@ class GateMiddleware:
         try:
             self._check(scope, context)
             await self._app(scope, receive, noting_send)
+        except asyncio.CancelledError:  # the service stops
+            if begun:
+                raise
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            stopped = UnavailableError("The service stopped before this was done.", {"Connection": "close"})
+            await problem_response(stopped, context)(scope, receive, send)
         except Exception as exc:  # the request's boundary
             if begun:
                 raise
@@ -189,6 +204,28 @@ class GateMiddleware:
             if asked:
                 timeout_s = min(parse_timeout_s(asked), self._max_request_timeout_s)
                 context.deadline_s = context.started_s + timeout_s
+
+
+class CrossOriginMiddleware(CORSMiddleware):
+    """Starlette's cross-origin rules, of which a refusal is a problem document."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except PreflightError as exc:
+            await problem_response(exc, scope["state"]["context"])(scope, receive, send)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Allow what a page asks before it sends a request.
+
+        Raises:
+            PreflightError: its origin, its method or a header is not allowed.
+        """
+        response = super().preflight_response(request_headers)
+        if response.status_code >= 400:
+            headers = {name: value for name, value in response.headers.items() if name not in _OF_A_BODY}
+            raise PreflightError(bytes(response.body).decode(), headers)
+        return response
 
 
 def header_values(scope: Scope, name: bytes) -> list[str]:
@@ -212,6 +249,20 @@ def parse_timeout_s(values: list[str]) -> float:
     if len(values) != 1 or not _TIMEOUT.fullmatch(values[0]):
         raise OptionError(f"The header {TIMEOUT_HEADER} must be one positive decimal number of seconds.")
     return float(values[0])
+
+
+def _in_slices(message: Message) -> Iterator[Message]:
+    """A part of an answer as parts of which the next is sent once the client has read enough of the last.
+
+    Sent at once, a large one would lie in the connection's buffer after its request has ended, uncounted.
+    """
+    body, more_body = message.get("body", b""), message.get("more_body", False)
+    if len(body) <= SLICE_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), SLICE_BYTES):
+        end = start + SLICE_BYTES
+        yield {**message, "body": body[start:end], "more_body": more_body or end < len(body)}
 
 
 def _complete_headers(

@@ -51,6 +51,8 @@ _UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream",
 _IMAGE_ALIASES = ("image/*", "image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-tiff")
 _PIXEL_SLACK = 1.0
 _BATCH_DIMENSIONS = 4
+# A body, its parts while they are cut out, text before it is decoded, numbers in another type.
+_READING_COPIES = {MULTIPART: 3, JSON: 4, RAW: 3, NPY: 3, SAFETENSORS: 3}
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def declared_items(options: CommonOptions, max_items: int) -> int:
     num_items = shape[0] if len(shape) == _BATCH_DIMENSIONS else 1
     _check_count(num_items, max_items)
     return num_items
+
+
+def reading_bytes(kind: str, body_bytes: int) -> int:
+    """Most memory that reading a body takes, the body included."""
+    return _READING_COPIES.get(kind, 1) * body_bytes
 
 
 def split_images(payload: Payload, kind: str, max_items: int) -> list[ImagePart]:

@@ -5,11 +5,13 @@ written in a pool of threads; the model runs in the engine's own.
 """
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from model.tokenizer import Tokenizer
 from service.admission import Admission, Reservation
+from service.answers import writing_bytes
 from service.batching import BatchKey, Job, Operation
-from service.bodies import declared_bytes, media_type_of, read_body
+from service.bodies import BodyLimits, check_declared, media_type_of, read_body
 from service.context import RequestContext
 from service.decoders import Decoders
 from service.decoding import ImageRules
@@ -34,6 +37,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 MAX_DECODERS = 32
+_RESULT_COPIES = 2  # a request's own, and the batches that they came in
 
 
 class Pipeline:
@@ -59,11 +63,17 @@ class Pipeline:
         await self.decoders.close()
         self._io_threads.shutdown(wait=False, cancel_futures=True)
 
-    async def in_thread(
-        self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> Result:
-        """Run a function in the pool; one that has not begun when the request ends never does."""
-        return await asyncio.wrap_future(self._io_threads.submit(function, *args, **kwargs))
+    async def in_thread(self, place: Reservation, function: Callable[[], Result]) -> Result:
+        """Run a function in the pool; one that has not begun when the request ends never does.
+
+        One that has begun goes on, and the request's bytes are held until it is done.
+        """
+        work = self._io_threads.submit(function)
+        try:
+            return await asyncio.wrap_future(work)
+        finally:
+            if not work.done():
+                place.keep_until_done(work)
 
     def ready_tokenizer(self) -> Tokenizer:
         """The tokenizer, if work is taken now.
@@ -76,7 +86,7 @@ class Pipeline:
 
     @asynccontextmanager
     async def admit(self, request: Request, operation: Operation, num_items: int) -> AsyncIterator["Call"]:
-        """Reserve a request's place until it is answered, its time is up, or its client goes away.
+        """Give a request its place until its answer is sent, its time is up, or its client goes away.
 
         Args:
             request: its headers are there, its body is not read yet.
@@ -87,28 +97,30 @@ class Pipeline:
             ServiceError: no room, no time left, the client went away, or a body that cannot be read.
         """
         context: RequestContext = request.state.context
-        num_bytes = declared_bytes(request, self.settings.max_body_bytes)
-        with self.admission.reserve(operation, num_items, num_bytes, context.deadline_s) as place:
-            call = Call(self, request, context, place)
-            try:
-                async with asyncio.timeout(context.deadline_s - time.monotonic()):
-                    yield call
-            except TimeoutError as exc:
-                seconds = context.deadline_s - context.started_s
-                raise DeadlineError(f"The request was not done within {seconds:.3g} s.") from exc
-            except DisconnectError:
-                self.metrics.disconnects.inc()
+        check_declared(request, self.settings.max_body_bytes)
+        place = context.resources.enter_context(
+            self.admission.admit(operation, num_items, context.deadline_s)
+        )
+        call = Call(self, request, context, place, num_items)
+        try:
+            async with asyncio.timeout(context.deadline_s - time.monotonic()):
+                yield call
+        except TimeoutError as exc:
+            seconds = context.deadline_s - context.started_s
+            raise DeadlineError(f"The request was not done within {seconds:.3g} s.") from exc
+        except DisconnectError:
+            self.metrics.disconnects.inc()
+            raise
+        except asyncio.CancelledError:
+            if not call.abandoned:
                 raise
-            except asyncio.CancelledError:
-                if not call.abandoned:
-                    raise
-                task = asyncio.current_task()
-                assert task is not None
-                task.uncancel()
-                self.metrics.disconnects.inc()
-                raise DisconnectError("The client went away before its answer was ready.") from None
-            finally:
-                call.close()
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            self.metrics.disconnects.inc()
+            raise DisconnectError("The client went away before its answer was ready.") from None
+        finally:
+            call.close()
 
 
 class Call:
@@ -119,7 +131,12 @@ class Call:
     """
 
     def __init__(
-        self, pipeline: Pipeline, request: Request, context: RequestContext, place: Reservation
+        self,
+        pipeline: Pipeline,
+        request: Request,
+        context: RequestContext,
+        place: Reservation,
+        num_items: int,
     ) -> None:
         self.abandoned = False
         self.settings = pipeline.settings
@@ -127,6 +144,7 @@ class Call:
         self._request = request
         self._context = context
         self._place = place
+        self._num_items = num_items
         self._route: str = request.scope["path"]
         self._watcher: asyncio.Task[None] | None = None
 
@@ -134,14 +152,25 @@ class Call:
         """The body, bounded, with what its headers say of it; from then on the client is watched.
 
         Raises:
-            ServiceError: empty, too large, compressed, or incomplete.
+            ServiceError: empty, too large, too slow, incomplete, or no room for it.
         """
         media_type, parameters = media_type_of(self._request)
+        limits = BodyLimits(
+            self.settings.max_body_bytes, self.settings.body_timeout_s, self.settings.body_bytes_per_s
+        )
         with self._context.measure("read"):
-            body = await read_body(self._request, self.settings.max_body_bytes)
-        self._place.resize_bytes(len(body))
+            body = await read_body(self._request, limits, self._place.hold_bytes)
+        self._place.hold_items(self._num_items)
         self._watcher = asyncio.create_task(self._watch(asyncio.current_task()))
         return Payload(body, media_type, parameters.get(b"boundary"))
+
+    def hold(self, num_bytes: int) -> None:
+        """Reserve the memory that the request takes now, in place of what it took before.
+
+        Raises:
+            QueueFullError: there is not so much.
+        """
+        self._place.hold_bytes(num_bytes)
 
     def expect(self, num_items: int) -> None:
         """Reserve room for the items that the body turned out to have.
@@ -149,36 +178,49 @@ class Call:
         Raises:
             QueueFullError: there is none.
         """
-        self._place.resize_items(num_items)
+        self._place.hold_items(num_items)
 
     async def in_thread(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
         """Run a function of the body in the pool of threads, timed as decoding."""
         with self._timed("decode", self._pipeline.metrics.body_decode_seconds):
-            return await self._pipeline.in_thread(function, *args, **kwargs)
+            return await self._pipeline.in_thread(self._place, partial(function, *args, **kwargs))
 
     async def decode_images(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[Tensor]:
         """Image files to tensors, each [3, S, S] uint8.
 
         Raises:
-            ServiceError: one cannot be read; the sentence names it.
+            ServiceError: one cannot be read, and the sentence names it; or no room for the pixels.
         """
+        pixel_bytes = len(parts) * 3 * rules.side**2
+        self._place.hold_bytes(sum(len(part.data) for part in parts) + pixel_bytes)
         with self._timed("decode", self._pipeline.metrics.body_decode_seconds):
             return await self._pipeline.decoders.decode(parts, rules)
 
-    async def compute(self, key: BatchKey, inputs: Sequence[Tensor]) -> Tensor:
+    async def compute(self, key: BatchKey, inputs: Sequence[Tensor], media_type: str) -> Tensor:
         """Put inputs through the engine; [N, ...] float32 comes back, in order.
 
-        The body is no longer needed then, and its bytes make room for others.
+        The body is no longer needed then. What is needed until the answer is sent is held from here on, so
+        that nothing is computed for which there is no room.
+
+        Args:
+            key: what is done.
+            inputs: on the CPU.
+            media_type: of the answer.
 
         Raises:
-            ServiceError: the engine stopped, or an item that the model refuses; items that no device has
-                begun are taken back.
+            ServiceError: no room, the engine stopped, or an item that the model refuses; items that no
+                device has begun are taken back.
         """
-        self._place.resize_bytes(0)
-        job = Job(key, inputs, self._context.deadline_s)
         engine = self._pipeline.engine
+        result_bytes = len(inputs) * _result_bytes(engine.tokenizer, key.operation)
+        self._place.hold_bytes(
+            sum(tensor.nbytes for tensor in inputs)
+            + _RESULT_COPIES * result_bytes
+            + writing_bytes(key.operation, media_type, result_bytes)
+        )
+        job = Job(key, inputs, self._context.deadline_s)
         engine.submit(job)
         try:
             results = await asyncio.wrap_future(job.future)
@@ -196,7 +238,9 @@ class Call:
     async def answer(self, write: Callable[[], Response], is_quick: bool = False) -> Response:
         """Write the answer: in the pool, or here where that is quicker than a thread is asked."""
         with self._timed("encode", self._pipeline.metrics.answer_encode_seconds):
-            return write() if is_quick else await self._pipeline.in_thread(write)
+            response = write() if is_quick else await self._pipeline.in_thread(self._place, write)
+        self._place.hold_bytes(len(response.body))
+        return response
 
     @contextmanager
     def _timed(self, stage: str, histogram: Histogram) -> Iterator[None]:
@@ -210,7 +254,8 @@ class Call:
             histogram.labels(self._route).observe(ended_s - started_s)
 
     def close(self) -> None:
-        """Stop watching the client."""
+        """Stop watching the client; no item of it is left to be answered."""
+        self._place.hold_items(0)
         if self._watcher is not None:
             self._watcher.cancel()
 
@@ -221,3 +266,11 @@ class Call:
         self.abandoned = True
         if task is not None:
             task.cancel()
+
+
+def _result_bytes(tokenizer: Tokenizer, operation: Operation) -> int:
+    """Of one item, float32."""
+    config = tokenizer.config
+    side = config.image_size
+    shape = config.latent_shape if operation is Operation.ENCODE else (3, side, side)
+    return math.prod(shape) * torch.float32.itemsize

@@ -1,7 +1,9 @@
 """Errors to RFC 9457 problem documents; those of FastAPI, Starlette and the model package are translated here
 and nowhere else."""
 
+import json
 import logging
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +25,7 @@ from service.errors import (
     TooLargeError,
     UnprocessableError,
 )
+from service.tracing import random_hex
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,22 @@ def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
         "detail": error.detail,
         "request_id": request_id,
     }
+
+
+def problem_message(error: ServiceError) -> bytes:
+    """An answer as bytes, for what is refused before it is a request; it closes the connection."""
+    request_id = random_hex(32)
+    body = json.dumps(problem(error, request_id)).encode()
+    headers = {
+        "Content-Type": PROBLEM_MEDIA_TYPE,
+        "Content-Length": str(len(body)),
+        "X-Request-ID": request_id,
+        **error.headers,
+        "Connection": "close",
+    }
+    lines = (f"{name.lower()}: {value}\r\n" for name, value in headers.items())
+    phrase = HTTPStatus(error.status).phrase
+    return f"HTTP/1.1 {error.status} {phrase}\r\n{''.join(lines)}\r\n".encode() + body
 
 
 def problem_response(error: Exception, context: RequestContext) -> JSONResponse:

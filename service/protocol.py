@@ -5,23 +5,35 @@ headers may be; a client that sends them byte by byte, or never ends them, would
 """
 
 import asyncio
-import json
 from typing import Any, ClassVar
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import HeadersTooLargeError, MalformedError, ServiceError
+from service.errors import (
+    HeadersTooLargeError,
+    MalformedError,
+    RequestTimeoutError,
+    ServiceError,
+    UnavailableError,
+    VersionError,
+)
+from service.framing import Framer, body_bytes, check_host, check_version, is_read
 from service.metrics import Metrics
-from service.problems import PROBLEM_MEDIA_TYPE, problem
+from service.middleware import PUBLIC_PATHS
+from service.problems import problem_message
 from service.settings import Settings
-from service.tracing import random_hex
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
+SPARE_CONNECTIONS = 32
+"""Beyond the limit, for probes: a supervisor that is not answered would end a process that is only busy."""
 LINGER_S = 2.0
 """How long a refused client has to read why: closing at once, with bytes of it unread, would reset the
 connection and take the answer with it."""
+_FOREIGN_VERSION = ("Invalid HTTP version", "Pause on PRI")  # as the parser says it
+_PIECES_A_TURN = 256  # parsed before other connections have their turn: about 1 ms
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -29,39 +41,54 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     Attributes:
         metrics: where closed connections are counted.
-        max_connections: most connections of the server; further ones are closed at once.
+        max_connections: most connections of the server. Where a further one comes, the longest idle one is
+            closed; where none is idle, it may be one of a few that only probes are answered on.
         header_timeout_s: from the connection, or a further request's first byte, to its complete headers.
-        write_timeout_s: how long a client may leave an answer unread.
+        answer_timeout_s: how long a client may leave an answer unread.
+        retry_after_s: what a client is told that finds no place.
+        idle: connections without a request, the longest idle first.
     """
 
     metrics: ClassVar[Metrics]
     max_connections: ClassVar[int]
     header_timeout_s: ClassVar[float]
-    write_timeout_s: ClassVar[float]
+    answer_timeout_s: ClassVar[float]
+    retry_after_s: ClassVar[int]
+    idle: ClassVar[dict["BoundedHttpProtocol", None]]
 
     _refused = False  # nothing that comes in is read any more
+    _is_spare = False  # one of the connections beyond the limit
     _in_head = False  # a request has begun, its headers are not complete
     _in_body = False  # the headers of a request are complete, its body is not
     _in_upgrade = False  # the parser stops after this head, as if another protocol followed
     _num_headers = 0
     _head_bytes = 0  # of the request line and headers, as parsed
     _silent_bytes = 0  # came since the parser last had something to tell
+    _unparsed = b""  # what came after a request that is not answered yet
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection, or close it where there are too many."""
-        if len(self.connections) >= self.max_connections:
-            self._refused = True
-            self.transport = transport
-            self._count("limit")
-            transport.abort()
-            return
+        """Take the connection, in the place of an idle one where there are too many."""
+        further = len(self.connections) - self.max_connections
+        if further >= 0 and not self._close_longest_idle():
+            self._is_spare = True
+            if further >= SPARE_CONNECTIONS:
+                self._refused = True
+                self.transport = transport
+                self._count("limit")
+                transport.abort()
+                return
         super().connection_made(transport)
+        self.flow = _Flow(transport)
+        self._framer = Framer()
+        self.idle[self] = None
         self._start_timer(self.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
+        self.idle.pop(self, None)
+        self._unparsed = b""
         self._stop_timer()
         self._stop_write_timer()
         self._unset_keepalive_if_required()
@@ -71,7 +98,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The client does not read as fast as it is answered."""
         super().pause_writing()
         self._stop_write_timer()
-        self._write_timer = self.loop.call_later(self.write_timeout_s, self._on_write_timer)
+        self._write_timer = self.loop.call_later(self.answer_timeout_s, self._on_write_timer)
 
     def resume_writing(self) -> None:
         """It has read enough."""
@@ -83,19 +110,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._unset_keepalive_if_required()
-        self._silent_bytes += len(data)
-        try:
-            self._feed(memoryview(data))
-        except httptools.HttpParserError as exc:
-            self._refuse_bytes(exc)
-            return
-        if self._silent_bytes > MAX_HEAD_BYTES:
-            self._refuse(_too_large())
-        elif self._is_idle() and self._timer is None and not self._refused:
-            self._await_request()
+        self._unparsed += data
+        self._parse()
 
     def on_message_begin(self) -> None:
         """A request line begins."""
+        if self._awaits_answer():
+            raise MalformedError("A request begins before the one before it has ended.")
         super().on_message_begin()
         self._in_head = True
         self._num_headers = self._head_bytes = 0
@@ -111,7 +132,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_headers += 1
         self._head_bytes += len(name) + len(value) + len(": \r\n")
         self._check_head()
-        if not self._in_body:
+        if not self._in_body and is_read(name.lower(), value):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -121,9 +142,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 raise MalformedError("This is no proxy.")
             self._in_upgrade = True
             return
+        version = self.parser.get_http_version()
+        check_version(version)
+        check_host(version, self.headers)
+        self._framer.begin_body(body_bytes(version, self.headers))
+        self._check_place()
         self._stop_timer()
         self._silent_bytes = 0
         super().on_headers_complete()
+        self.cycle.transport = _CycleTransport(self)  # type: ignore[assignment]
+        self.idle.pop(self, None)
         self._in_head, self._in_body = False, True
 
     def on_body(self, body: bytes) -> None:
@@ -135,45 +163,89 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The body is complete."""
         if self._in_upgrade:
             return
+        self._framer.begin_head()
         self._in_body = False
         self._silent_bytes = 0
         self._stop_timer()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the rest of one that was answered early."""
+        """Go on with what has come since, or wait for the next request or the rest of this one."""
         super().on_response_complete()
-        if self._is_idle() and not self._refused and not self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
+            self._unset_keepalive_if_required()
+        elif self._unparsed:
+            self._parse()
+        else:
             self._await_request()
 
     def shutdown(self) -> None:
-        """Close once what is in flight is answered."""
-        if self._refused and self._is_idle():
-            self.transport.close()
-        else:
+        """Close once what is in flight is answered; what was refused closes by itself."""
+        if not self._refused:
             super().shutdown()
 
-    def _feed(self, data: memoryview) -> None:
+    def give_up(self) -> None:
+        """Close now, unless an answer can still be begun."""
+        if self._is_idle() or self.cycle.response_started:
+            self.transport.abort()
+
+    def leave(self) -> None:
+        """Close once what was written is sent; a client that is still sending has time to read it."""
+        if not self._in_body:
+            self.transport.close()
+        elif not self._refused:
+            self._linger()
+
+    def _parse(self) -> None:
+        """Parse what came, up to the end of a request that must be answered first."""
+        data, at = self._unparsed, 0
+        self._unparsed = b""
+        for _ in range(_PIECES_A_TURN):
+            if at == len(data) or self._refused or self._awaits_answer() or self.transport.is_closing():
+                break
+            end = self._framer.cut(data, at)
+            self._silent_bytes += end - at
+            try:
+                self._feed(data[at:end])
+            except httptools.HttpParserError as exc:
+                self._refuse_bytes(exc)
+            at = end
+        if self._refused or self.transport.is_closing():
+            return
+        self._unparsed = data[at:]
+        self._hold()
+        if self._silent_bytes > MAX_HEAD_BYTES:
+            self._refuse(_too_large())
+        elif self._is_idle() and self._timer is None:
+            self._await_request()
+
+    def _hold(self) -> None:
+        """Read no more while there is something that could not be parsed."""
+        assert isinstance(self.flow, _Flow)
+        self.flow.is_held = bool(self._unparsed)
+        if not self._unparsed:
+            if not self._in_body or self._is_idle():
+                self.flow.resume_reading()
+            return
+        self.flow.pause_reading()
+        if not self._awaits_answer():
+            self.loop.call_soon(self._parse)
+
+    def _feed(self, piece: bytes) -> None:
         """Parse; a request to change the protocol is taken as if it were none, which HTTP allows.
 
         Java's client, for one, offers HTTP/2 with its first request. The parser would stop there and
         lose the request's body, and with it the connection.
         """
-        while True:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-                self._in_upgrade = False
-                lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self._http_version())]
-                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
-                self.parser = httptools.HttpRequestParser(self)
-                self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
-            else:
-                return
-
-    def _http_version(self) -> bytes:
-        return self.parser.get_http_version().encode()
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:
+            self._in_upgrade = False
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
 
     def _await_request(self) -> None:
         """Between requests: the rest of what has begun must come soon, the beginning of the next may take."""
@@ -181,6 +253,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_head or self._in_body:
             self._start_timer(self.header_timeout_s)
         else:
+            self.idle[self] = None
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -188,50 +261,67 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def _awaits_answer(self) -> bool:
+        """Whether a request is complete and not answered: the one after it has to wait."""
+        return not self._is_idle() and not self._in_body
+
     def _check_head(self) -> None:
         if self._head_bytes > MAX_HEAD_BYTES or self._num_headers > MAX_HEADERS:
             raise _too_large()
+
+    def _check_place(self) -> None:
+        """Refuse what is no probe while there are too many connections."""
+        self._is_spare &= len(self.connections) > self.max_connections
+        if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in PUBLIC_PATHS:
+            self._count("limit")
+            raise UnavailableError(
+                f"The service has {self.max_connections} connections, the most that it takes.",
+                {"Retry-After": str(self.retry_after_s)},
+            )
+
+    def _close_longest_idle(self) -> bool:
+        connection = next(iter(self.idle), None)
+        if connection is None:
+            return False
+        del self.idle[connection]
+        connection._count("idle")
+        connection.transport.close()
+        return True
 
     def _refuse_bytes(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__
         if isinstance(cause, ServiceError):
             self._refuse(cause)
+        elif str(error).startswith(_FOREIGN_VERSION):
+            self._refuse(VersionError("This version of HTTP is not spoken here: send HTTP/1.1."))
         else:  # a target that is no URL reaches us as the parser's error as well
             self._refuse(MalformedError("This is not HTTP/1.1."))
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer, unless an earlier request's answer is under way, and read no more."""
-        self._refused = True
+        """Answer, unless an earlier answer is under way, and read no more."""
         self._stop_timer()
         if isinstance(error, HeadersTooLargeError):
             self._count("header-bytes")
-        if self._in_body and not self._is_idle():
-            self._abandon(error)
-        elif not self._is_idle():  # the requests before this one keep their answers
-            self.cycle.keep_alive = False
-        elif self._in_body:  # its answer is out
+        if not self._in_body:
+            self._say(error)
+        elif self._is_idle() or self.cycle.response_started:  # its answer is out, or on its way
+            self._refused = True
             self.transport.close()
-        else:
+        else:  # its application learns that the client went away
+            self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False  # nothing may be written after what is said now
+            self.cycle.message_event.set()
             self._say(error)
 
-    def _abandon(self, error: ServiceError) -> None:
-        """End a request whose body broke off: its application learns that the client went away."""
-        if self.pipeline or self.cycle.response_started:
-            self.transport.close()
-            return
-        self.cycle.disconnected = True
-        self.cycle.waiting_for_100_continue = False  # nothing may be written after what is said now
-        self.cycle.message_event.set()
-        self._say(error)
-
     def _say(self, error: ServiceError) -> None:
-        request_id = random_hex(32)
-        body = json.dumps(problem(error, request_id)).encode()
-        head = (
-            f"content-type: {PROBLEM_MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
-            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
+        self.transport.write(problem_message(error))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Read no more and let the client read; then close."""
+        self._refused = True
+        self._unparsed = b""
+        self.idle.pop(self, None)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._start_timer(LINGER_S)
@@ -256,12 +346,40 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        if not self._refused and not self._in_body:
-            self._count("header-timeout")
-        self.transport.abort()
+        if self._refused or self._in_body:
+            self.transport.abort()
+            return
+        self._count("header-timeout")
+        if self._in_head or self._silent_bytes:
+            self._say(RequestTimeoutError(f"The head of the request took over {self.header_timeout_s:g} s."))
+        else:  # it never said anything
+            self.transport.abort()
 
     def _count(self, reason: str) -> None:
         self.metrics.rejected_connections.labels(reason).inc()
+
+
+class _Flow(FlowControl):
+    """Lets nobody resume reading while bytes wait that could not be parsed."""
+
+    is_held = False
+
+    def resume_reading(self) -> None:
+        if not self.is_held:
+            super().resume_reading()
+
+
+class _CycleTransport:
+    """What a request's answer is written to: as the connection's transport, but it closes in its own way."""
+
+    def __init__(self, protocol: BoundedHttpProtocol) -> None:
+        self._protocol = protocol
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+
+    def close(self) -> None:
+        """Close as the protocol does."""
+        self._protocol.leave()
 
 
 def protocol_class(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
@@ -270,7 +388,9 @@ def protocol_class(settings: Settings, metrics: Metrics) -> type[asyncio.Protoco
         "metrics": metrics,
         "max_connections": settings.max_connections,
         "header_timeout_s": settings.header_timeout_s,
-        "write_timeout_s": settings.request_timeout_s,
+        "answer_timeout_s": settings.answer_timeout_s,
+        "retry_after_s": settings.retry_after_s,
+        "idle": {},
     }
     return type("BoundedHttpProtocol", (BoundedHttpProtocol,), bounds)
 

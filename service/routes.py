@@ -24,6 +24,7 @@ from service.payloads import (
     latent_body_kind,
     read_latents,
     read_raw_images,
+    reading_bytes,
     split_images,
 )
 from service.pipeline import Call, Pipeline
@@ -65,7 +66,7 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
     async with pipeline.admit(request, Operation.ENCODE, num_items) as call:
         images = await _read_images(call, options, tokenizer)
         key = BatchKey(Operation.ENCODE, options.latent, options.normalize)
-        latents = await call.compute(key, images)
+        latents = await call.compute(key, images, media_type)
         write = partial(latents_answer, latents, media_type, options, Origin.of(tokenizer))
         return await call.answer(write, is_quick=media_type != JSON and latents.numel() <= _QUICK_NUMBERS)
 
@@ -87,12 +88,14 @@ async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -
     async with pipeline.admit(request, Operation.DECODE, num_items) as call:
         payload = await call.read()
         kind = latent_body_kind(payload, options)
+        call.hold(reading_bytes(kind, len(payload.data)))
         batch = await call.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
+        del payload  # no byte of the body is needed while the latents wait
         call.expect(len(batch.latents))
         if batch.normalized:
             _check_statistics(tokenizer)
         key = BatchKey(Operation.DECODE, normalize=batch.normalized)
-        pictures = await call.compute(key, batch.latents.unbind())
+        pictures = await call.compute(key, batch.latents.unbind(), media_type)
         origin = Origin.of(tokenizer)
         return await call.answer(partial(pictures_answer, pictures, media_type, options, origin))
 
@@ -112,7 +115,7 @@ async def reconstruct(request: Request, options: Annotated[ReconstructOptions, Q
     num_items = declared_items(options, pipeline.settings.max_items_per_request)
     async with pipeline.admit(request, Operation.RECONSTRUCT, num_items) as call:
         images = await _read_images(call, options, tokenizer)
-        pictures = await call.compute(BatchKey(Operation.RECONSTRUCT, options.latent), images)
+        pictures = await call.compute(BatchKey(Operation.RECONSTRUCT, options.latent), images, media_type)
         origin = Origin.of(tokenizer)
         return await call.answer(partial(pictures_answer, pictures, media_type, options, origin, images))
 
@@ -197,6 +200,7 @@ async def _read_images(
         options.fit,
         limits.max_frames,
     )
+    call.hold(reading_bytes(kind, len(payload.data)))
     if kind == RAW:
         return await call.in_thread(read_raw_images, payload, options, rules)
     if kind == IMAGE_FILE:
@@ -204,6 +208,7 @@ async def _read_images(
     else:
         parts = await call.in_thread(split_images, payload, kind, limits.max_items_per_request)
         call.expect(len(parts))
+    del payload  # of several images the parts are copies
     return await call.decode_images(parts, rules)
 
 

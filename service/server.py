@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from service.engine import Load, load_tokenizer
 from service.errors import StartError, UnavailableError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.protocol import protocol_class
+from service.protocol import BoundedHttpProtocol, protocol_class
 from service.settings import Settings, environment_warnings
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ EXIT_ENGINE = 3
 
 _DRAIN_INTERVAL_S = 0.02
 _LAST_REQUESTS_S = 0.2
-_LAST_ANSWERS_S = 5
+_LAST_ANSWERS_S = 0.5
 _OTHER_FILES = 256
 
 
@@ -52,21 +53,39 @@ class Server(uvicorn.Server):
         """Refuse new work, finish what was accepted, stop."""
         engine, admission = self._pipeline.engine, self._pipeline.admission
         engine.start_draining()
-        accepted = admission.num_requests
-        logger.info("draining: %d requests in flight", accepted)
+        logger.info("draining: %d requests in flight", admission.num_requests)
         deadline_s = time.monotonic() + self._drain_timeout_s
-        while admission.num_requests > 0 and time.monotonic() < deadline_s:
+        while admission.num_requests > 0 and time.monotonic() < deadline_s and not self.force_exit:
             await asyncio.sleep(_DRAIN_INTERVAL_S)
-        if left := admission.num_requests:
-            logger.error("the drain deadline passed: %d requests are answered 503", left)
-            engine.fail_jobs(UnavailableError("The service stopped before this was done."))
+        if admission.num_requests > 0:
+            await self._give_up()
         # New connections are turned away by the system, those that wait are accepted, and what open ones
         # still send is refused by an answer that closes them. Closing the listener would reset both.
         for listener in sockets or []:
             listener.listen(0)
         await asyncio.sleep(_LAST_REQUESTS_S)
+        abort = asyncio.get_running_loop().call_later(_LAST_ANSWERS_S, self._abort_connections)
         await super().shutdown(sockets)
+        abort.cancel()
         logger.info("drained")
+
+    async def _give_up(self) -> None:
+        """Answer 503 to what is not done, wherever it is; end answers that are not read in time."""
+        stopped = UnavailableError("The service stopped before this was done.")
+        logger.error(
+            "the drain deadline passed: %d requests are given up", self._pipeline.admission.num_requests
+        )
+        self._pipeline.engine.fail_jobs(stopped)
+        await asyncio.sleep(_DRAIN_INTERVAL_S)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, BoundedHttpProtocol):
+                connection.give_up()
+        for task in list(self.server_state.tasks):
+            task.cancel()
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -149,8 +168,9 @@ def _allow_connections(num_connections: int) -> None:
 
 
 def leave_if_stuck(status: int) -> None:
-    """End the process at once where a device may hang, which would keep the interpreter from ending."""
-    if status == EXIT_ENGINE:
+    """End the process at once where a thread is still busy: the interpreter would wait for it, or take away
+    what it uses."""
+    if any(thread is not threading.main_thread() for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -169,7 +189,7 @@ def uvicorn_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicor
         server_header=False,
         proxy_headers=False,  # nothing here uses the client's address
         timeout_keep_alive=settings.keep_alive_timeout_s,
-        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        timeout_graceful_shutdown=1,
     )
 
 

@@ -98,13 +98,34 @@ class Settings(BaseSettings):
         8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it."
     )
     max_connections: int = Field(
-        2048, ge=1, le=2**20, description="Most open connections; further ones are closed at once."
+        2048,
+        ge=1,
+        le=2**20,
+        description="Most open connections; a further one takes the longest idle one's place, or gets 503.",
     )
     keep_alive_timeout_s: int = Field(
         75, ge=1, le=3600, description="How long an idle connection stays open, seconds."
     )
     header_timeout_s: float = Field(
         10.0, gt=0, le=3600, description="How long a client may take to send a request's headers, seconds."
+    )
+    body_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="How long a request's body may pause, seconds; 408 after.",
+    )
+    body_bytes_per_s: int = Field(
+        4096,
+        ge=1,
+        le=2**30,
+        description="Least rate of a request's body, bytes a second; 408 once it is body_timeout_s behind.",
+    )
+    answer_timeout_s: float = Field(
+        20.0,
+        gt=0,
+        le=3600,
+        description="How long a client may leave an answer unread, seconds; its connection is closed after.",
     )
     max_body_bytes: int = Field(
         64 * 2**20, ge=1024, le=2**33, description="Largest request body, bytes; larger ones get 413."

@@ -34,6 +34,10 @@ def waiting_items(running: Any) -> float:
     return running.app.state.pipeline.metrics.registry.get_sample_value("drorae_pending_items")
 
 
+def pending_bytes(running: Any) -> float:
+    return running.app.state.pipeline.metrics.registry.get_sample_value("drorae_pending_bytes")
+
+
 def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
@@ -116,10 +120,10 @@ def test_full_of_bytes(serve: Any, gated: Any, png: bytes, check_problem: Check)
         address = running.url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=30) as slow:
             head = f"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n\r\n"
-            slow.sendall(head.encode() + png[:10])
-            eventually(lambda: waiting_items(running) == 1)
+            slow.sendall(head.encode() + png[:10])  # so many bytes are held, and no more
+            eventually(lambda: pending_bytes(running) == 10)
             check_problem(running.client.post("/encode", content=png), 429, "queue-full", f"{limit} bytes")
-        eventually(lambda: waiting_items(running) == 0)
+        eventually(lambda: pending_bytes(running) == 0)
         gated.gate.set()
         assert running.client.post("/encode", content=png).status_code == 200
         metrics = running.client.get("/metrics").text
