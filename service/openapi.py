@@ -37,6 +37,7 @@ _TEXT: JsonObject = {"type": "string"}
 _PROBLEMS = {
     400: "Malformed: an empty body, a damaged image, invalid JSON or base64.",
     406: "Accept allows none of the formats that can be produced.",
+    408: "The body paused for too long, or came too slowly; the connection is closed.",
     413: "Too many bytes, pixels or items; judged from headers, before decoding.",
     415: "A media type or content encoding that is not read here.",
     422: "A wrong shape, dtype, value or option, or latents of another checkpoint.",

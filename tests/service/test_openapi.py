@@ -13,7 +13,7 @@ POSTS = {
     "/decode": schemas.DecodeOptions,
     "/reconstruct": schemas.ReconstructOptions,
 }
-PROBLEM_STATUSES = {"400", "406", "413", "415", "422", "429", "500", "503", "504"}
+PROBLEM_STATUSES = {"400", "406", "408", "413", "415", "422", "429", "500", "503", "504"}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -78,23 +78,48 @@ def address(running: Any) -> Address:
     return address_of(running)
 
 
-def test_connections_beyond_the_limit_are_closed_at_once(serve: Any, tokenizer: Tokenizer) -> None:
-    with serve(create_app(Settings(max_connections=4), tokenizer)) as limited:
-        address = address_of(limited)  # the client's own connection is one of the four
-        taken = [connect(address) for _ in range(3)]
-        for connection in taken:
-            connection.sendall(GET)
-            assert read_answer(connection).startswith(b"HTTP/1.1 200")
-        for count in (1, 2):
-            with connect(address) as further:
-                assert read_all(further) == b""
-            assert rejected(limited, "limit") == count
-        taken.pop().close()
-        assert any(is_answered(address) for _ in range(1000)), "a place is free once the server noticed"
-        for connection in taken:
-            connection.sendall(GET)
-            assert read_answer(connection).startswith(b"HTTP/1.1 200")
-            connection.close()
+def read_whole_answer(connection: socket.socket, request: bytes = GET) -> bytes:
+    connection.sendall(request)
+    return read_answer(connection)
+
+
+def test_at_the_limit_the_longest_idle_connection_is_closed(serve: Any, tokenizer: Tokenizer) -> None:
+    with serve(create_app(Settings(max_connections=3), tokenizer)) as limited:
+        address = address_of(limited)  # the client's own connection is one of the three, and idle first
+        first, second = connect(address), connect(address)
+        for connection in (first, second, first):
+            assert read_whole_answer(connection).startswith(b"HTTP/1.1 200")
+        with connect(address) as third, connect(address) as fourth:
+            for connection in (third, fourth, first):
+                assert read_whole_answer(connection).startswith(b"HTTP/1.1 200")
+            assert read_all(second) == b"", "the longest idle but for the client's own"
+        assert rejected(limited, "idle") == 2
+        first.close()
+        second.close()
+
+
+def test_probes_get_in_where_no_connection_is_idle(
+    serve: Any, tokenizer: Tokenizer, check_problem: Any
+) -> None:
+    with serve(create_app(Settings(max_connections=1), tokenizer)) as limited:
+        limited.client.close()
+        address = address_of(limited)
+        post = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        with connect(address) as busy:
+            busy.sendall(post)
+            assert busy.recv(100).startswith(b"HTTP/1.1 100")
+            for path in ("/livez", "/readyz?x=1"):
+                with connect(address) as probe:
+                    answer = read_whole_answer(probe, GET.replace(b"/livez", path.encode()))
+                    assert answer.startswith(b"HTTP/1.1 200")
+            with connect(address) as other:
+                other.sendall(GET.replace(b"/livez", b"/info"))
+                answer = read_all(other)
+            status, problem = problem_of(answer)
+            assert status == 503
+            assert "1 connections" in problem["detail"]
+            assert b"retry-after: 1\r\n" in answer
+        assert rejected(limited, "limit") == 1
 
 
 def is_answered(address: Address) -> bool:
@@ -109,11 +134,11 @@ def is_answered(address: Address) -> bool:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /livez HTTP/1.1\r\nX: " + b"a" * (2 * MAX_HEAD_BYTES) + b"\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nX: " + b"a" * (2 * MAX_HEAD_BYTES),
-        b"GET /" + b"a" * (MAX_HEAD_BYTES + 10) + b" HTTP/1.1\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * (MAX_HEADERS + 1) + b"\r\n",
-        b"GET /livez HTTP/1.1\r\n" + (b"X: " + b"y" * 1000 + b"\r\n") * 66 + b"\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (2 * MAX_HEAD_BYTES) + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (2 * MAX_HEAD_BYTES),
+        b"GET /" + b"a" * (MAX_HEAD_BYTES + 10) + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * (MAX_HEADERS + 1) + b"\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n" + (b"X: " + b"y" * 1000 + b"\r\n") * 66 + b"\r\n",
         b"\r\n" * MAX_HEAD_BYTES,
     ],
     ids=["one header", "endless header", "target", "many headers", "sum of headers", "empty lines"],
@@ -131,9 +156,9 @@ def test_large_heads(running: Any, address: Address, head: bytes) -> None:
 def test_heads_within_the_bounds(address: Address) -> None:
     size = MAX_HEAD_BYTES - 200
     for head in (
-        b"GET /livez?" + b"a" * size + b" HTTP/1.1\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nX: " + b"a" * size + b"\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * MAX_HEADERS + b"\r\n",
+        b"GET /livez?" + b"a" * size + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * size + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * (MAX_HEADERS - 1) + b"\r\n",
     ):
         with connect(address) as connection:
             connection.sendall(head)
@@ -152,32 +177,38 @@ def slow_client(address: Address, *parts: bytes) -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize(
     "parts",
-    [(), (b"GET /li",), (b"GET /livez HTTP/1.1\r\nHost: x\r\n",), (GET, b"GET /livez HTTP/1.1\r\n")],
-    ids=["nothing", "request line", "headers", "a further request"],
+    [(b"GET /li",), (b"GET /livez HTTP/1.1\r\nHost: x\r\n",), (GET, b"GET /livez HTTP/1.1\r\nHost: x\r\n")],
+    ids=["request line", "headers", "a further request"],
 )
-def test_slow_heads_are_closed(running: Any, address: Address, parts: tuple[bytes, ...]) -> None:
+def test_slow_heads_get_408(running: Any, address: Address, parts: tuple[bytes, ...]) -> None:
     before = rejected(running, "header-timeout")
-    began_s = time.monotonic()
     with slow_client(address, *parts) as connection:
+        status, problem = problem_of(read_all(connection))
+    assert status == 408
+    assert problem["type"] == "urn:drorae:problem:request-timeout"
+    assert rejected(running, "header-timeout") == before + 1
+
+
+def test_a_client_that_says_nothing_is_told_nothing(running: Any, address: Address) -> None:
+    before = rejected(running, "header-timeout")
+    with connect(address) as connection:
         assert read_all(connection) == b""
-    assert 0.25 < time.monotonic() - began_s < 10
     assert rejected(running, "header-timeout") == before + 1
 
 
 def test_bytes_one_by_one_do_not_help(running: Any, address: Address) -> None:
     """The time counts from the first byte, whatever follows it."""
     before = rejected(running, "header-timeout")
-    with slow_client(address, GET) as connection, pytest.raises(OSError, match=r"reset|pipe"):  # noqa: PT012
+    with slow_client(address, GET) as connection:
         connection.settimeout(0.02)
         deadline_s = time.monotonic() + 10
-        connection.sendall(b"GET /livez HTTP/1.1\r\nX: ")
-        while time.monotonic() < deadline_s:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX: ")
+        answer = b""
+        while time.monotonic() < deadline_s and not answer:
             connection.sendall(b"a")
-            try:
-                if connection.recv(1) == b"":
-                    raise ConnectionResetError("reset")
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                answer = connection.recv(12)
+    assert answer == b"HTTP/1.1 408"
     assert rejected(running, "header-timeout") == before + 1
 
 
@@ -196,9 +227,9 @@ def test_idle_connections_outlive_the_head_timeout(running: Any, address: Addres
     assert rejected(running, "header-timeout") == before
 
 
-def test_a_slow_body_is_the_deadlines_business(running: Any, address: Address, png: bytes) -> None:
+def test_a_body_may_take_longer_than_a_head(running: Any, address: Address, png: bytes) -> None:
     with connect(address) as connection:
-        connection.sendall(b"POST /encode HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(png))
+        connection.sendall(b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png))
         connection.settimeout(0.6)
         with pytest.raises(TimeoutError):
             connection.recv(1)
@@ -209,7 +240,7 @@ def test_a_slow_body_is_the_deadlines_business(running: Any, address: Address, p
 
 def test_the_rest_of_a_refused_body_is_not_awaited_for_long(address: Address) -> None:
     with connect(address) as connection:
-        connection.sendall(b"POST /nowhere HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
         assert read_answer(connection).startswith(b"HTTP/1.1 404")
         connection.sendall(b"some")
         assert read_all(connection) == b""
@@ -217,7 +248,7 @@ def test_the_rest_of_a_refused_body_is_not_awaited_for_long(address: Address) ->
 
 def test_a_connection_goes_on_after_a_refused_body(address: Address) -> None:
     with connect(address) as connection:
-        connection.sendall(b"POST /nowhere HTTP/1.1\r\nContent-Length: 4\r\n\r\n")
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
         assert read_answer(connection).startswith(b"HTTP/1.1 404")
         connection.sendall(b"some")
         connection.settimeout(0.8)
@@ -233,19 +264,17 @@ def test_a_connection_goes_on_after_a_refused_body(address: Address) -> None:
     [
         b"nonsense\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET /\xff\xfe HTTP/1.1\r\n\r\n",
-        b"GET http://[ HTTP/1.1\r\n\r\n",
-        b"GET //:99999999/ HTTP/1.1\r\n\r\n",
-        b"GET * HTTP/1.1\r\n\r\n",
-        b"CONNECT x:1 HTTP/1.1\r\n\r\n",
-        b"GET /livez HTTP/9.9\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nno colon\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nX: a\x00b\r\n\r\n",
-        b"POST /encode HTTP/1.1\r\nContent-Length: x\r\n\r\n",
-        b"POST /encode HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST /encode HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"POST /encode HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET //:99999999/ HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET * HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
+        b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
+        b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /encode HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
 def test_what_is_no_request_gets_400(
@@ -263,11 +292,10 @@ def test_what_is_no_request_gets_400(
 
 def test_bytes_that_follow_do_not_cost_an_accepted_request_its_answer(address: Address, png: bytes) -> None:
     with connect(address) as connection:
-        head = b"POST /encode HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(png)
+        head = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png)
         connection.sendall(head + png + b"nonsense\r\n\r\n")
         answer = read_all(connection)
-    assert answer.startswith(b"HTTP/1.1 200")
-    assert b"connection: close" in answer.partition(b"\r\n\r\n")[0].lower()
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400"]
 
 
 def test_pipelined_requests_are_answered_in_order(address: Address) -> None:
@@ -275,15 +303,15 @@ def test_pipelined_requests_are_answered_in_order(address: Address) -> None:
         connection.sendall(GET + GET.replace(b"livez", b"nowhere") + GET + b"\x00")
         answer = read_all(connection)
     statuses = [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]]
-    assert statuses == [b"200", b"404", b"200"]
+    assert statuses == [b"200", b"404", b"200", b"400"]
 
 
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
 def test_upgrades_are_answered_as_http(address: Address, png: bytes, protocol: bytes) -> None:
     """As an HTTP/1.1 server that knows no other protocol: the body counts, the connection goes on."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\nHTTP2-Settings: A\r\n" % protocol
-    post = b"POST /encode HTTP/1.1\r\n" + upgrade + b"Content-Length: %d\r\n\r\n" % len(png) + png
-    chunked = b"POST /encode HTTP/1.1\r\n" + upgrade + b"Transfer-Encoding: chunked\r\n\r\n"
+    post = b"POST /encode HTTP/1.1\r\nHost: x\r\n" + upgrade + b"Content-Length: %d\r\n\r\n" % len(png) + png
+    chunked = b"POST /encode HTTP/1.1\r\nHost: x\r\n" + upgrade + b"Transfer-Encoding: chunked\r\n\r\n"
     chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(png), png)
     with connect(address) as connection:
         for parts in ((post,), (post[:9], post[9:200], post[200:]), (chunked,), (GET,), (post,)):
@@ -291,12 +319,12 @@ def test_upgrades_are_answered_as_http(address: Address, png: bytes, protocol: b
                 connection.sendall(part)
             assert read_answer(connection).startswith(b"HTTP/1.1 200")
     with connect(address) as connection:
-        connection.sendall((b"GET /livez HTTP/1.1\r\n" + upgrade + b"\r\n") * 5 + b"\x00")
+        connection.sendall((b"GET /livez HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n") * 5 + b"\x00")
         assert read_all(connection).count(b"HTTP/1.1 200") == 5
 
 
 def test_trailers_are_bounded_and_no_headers(running: Any, address: Address) -> None:
-    head = b"POST /encode HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    head = b"POST /encode HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
     with connect(address) as connection:
         connection.sendall(head + b"X-Request-ID: mine\r\n\r\n")
         assert read_answer(connection).startswith(b"HTTP/1.1 4")
@@ -308,12 +336,12 @@ def test_trailers_are_bounded_and_no_headers(running: Any, address: Address) -> 
 
 
 def test_mutated_requests(running: Any, address: Address, caplog: pytest.LogCaptureFixture) -> None:
-    """Seeded: whatever the bytes, there is an answer below 500 or a closed connection, and no traceback."""
+    """Seeded: whatever the bytes, there is an answer that is no fault of ours, or the end."""
     generator = random.Random(20)
     seeds = (
         GET,
         b"POST /encode?format=raw&dtype=float16 HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
-        b"POST /decode HTTP/1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+        b"POST /decode HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
         b"3\r\nabc\r\n0\r\n\r\n",
         b"GET http://h:80/a%20b?c#d HTTP/1.0\r\nConnection: keep-alive\r\nUpgrade: h2c\r\n\r\n",
     )
@@ -336,7 +364,7 @@ def test_mutated_requests(running: Any, address: Address, caplog: pytest.LogCapt
             connection.shutdown(socket.SHUT_WR)
             answer = read_all(connection)
         for part in answer.split(b"HTTP/1.1 ")[1:]:
-            assert part[:1] in b"1234", (bytes(data), answer)
+            assert part[:1] in b"1234" or part[:3] in (b"501", b"505"), (bytes(data), answer)
     assert not [entry for entry in caplog.records if entry.exc_info or entry.levelno >= logging.ERROR]
     assert httpx.get(f"http://{address[0]}:{address[1]}/livez").status_code == 200
     in_flight = running.app.state.pipeline.metrics.requests_in_flight
@@ -345,7 +373,7 @@ def test_mutated_requests(running: Any, address: Address, caplog: pytest.LogCapt
 
 def test_an_answer_that_nobody_reads_is_dropped(serve: Any, tokenizer: Tokenizer) -> None:
     """Pipelined answers of 3 MiB each, more than the sockets hold."""
-    settings = Settings(request_timeout_s=2)
+    settings = Settings(answer_timeout_s=2)
     latents = bytes(64 * 32 * 8 * 8 * 2)
     query = "dtype=float16&shape=64&shape=32&shape=8&shape=8&format=raw&output_dtype=float32"
     head = f"POST /decode?{query} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(latents)}\r\n\r\n"
