@@ -168,8 +168,10 @@ def _allow_connections(num_connections: int) -> None:
 
 
 def leave_if_stuck(status: int) -> None:
-    """End the process at once where one of the service's threads is still busy, with a batch or an answer that
-    nobody waits for: the interpreter would wait for it, or take away what it uses."""
+    """End the process at once where one of the service's threads is still busy.
+
+    Nobody waits for its batch or answer, but the interpreter would, or would take away what it uses.
+    """
     busy = any(thread.name.startswith("drorae-") for thread in threading.enumerate())
     if busy or status == EXIT_ENGINE:
         sys.stdout.flush()
