@@ -35,6 +35,7 @@ _DRAIN_INTERVAL_S = 0.02
 _LAST_REQUESTS_S = 0.2
 _LAST_ANSWERS_S = 0.5
 _OTHER_FILES = 256
+_left_behind: list[threading.Thread] = []  # threads that had not ended when the server had
 
 
 class Server(uvicorn.Server):
@@ -137,7 +138,9 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
     server = Server(config, pipeline, settings.drain_timeout_s)
     sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
     sys.stdout.flush()
+    others = set(threading.enumerate())
     server.run(sockets=[listener])
+    _left_behind.extend(set(threading.enumerate()) - others)
     engine = pipeline.engine
     if engine.failure is not None:
         return _fail(engine.failure, EXIT_ENGINE if engine.broken else EXIT_MODEL)
@@ -172,8 +175,7 @@ def leave_if_stuck(status: int) -> None:
 
     Nobody waits for its batch or answer, but the interpreter would, or would take away what it uses.
     """
-    busy = any(thread.name.startswith("drorae-") for thread in threading.enumerate())
-    if busy or status == EXIT_ENGINE:
+    if status == EXIT_ENGINE or any(thread.is_alive() for thread in _left_behind):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
