@@ -116,7 +116,7 @@ def check_host(version: str, headers: Headers) -> None:
     """
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (version == "1.1" and not hosts):
-        raise MalformedError(f"An HTTP/1.1 request has one Host header; this one has {len(hosts)}.")
+        raise MalformedError(f"A request has one Host header; this one has {len(hosts)}.")
     if hosts and not _HOST.fullmatch(hosts[0]):
         raise MalformedError("The Host header is no host name or address.")
 
@@ -133,7 +133,7 @@ def body_bytes(version: str, headers: Headers) -> int | None:
     if not fields:
         return _length(lengths)
     if version != "1.1" or lengths:
-        raise MalformedError("Transfer-Encoding belongs to HTTP/1.1, and excludes Content-Length.")
+        raise MalformedError("Transfer-Encoding is of HTTP/1.1 alone, and excludes Content-Length.")
     codings = [coding.strip().lower() for coding in b",".join(fields).split(b",")]
     if codings[-1] != b"chunked" or b"chunked" in codings[:-1]:
         raise MalformedError("The last transfer coding of a request is 'chunked', which occurs once.")
