@@ -128,7 +128,7 @@ class _Document(BaseModel):
 
 
 class ImagesIn(_Document):
-    """Images as JSON."""
+    """Images as JSON in UTF-8: each field once, and at most 16 KiB beside the list of images."""
 
     images: list[Base64Text] = Field(
         min_length=1, description="Image files, each in standard base64 with padding."
@@ -136,7 +136,8 @@ class ImagesIn(_Document):
 
 
 class LatentsIn(_Document):
-    """Latents as JSON; an answer of ``/encode`` is one."""
+    """Latents as JSON in UTF-8; an answer of ``/encode`` is one. Each field once, and at most 16 KiB beside
+    the list of latents."""
 
     latents: list[object] = Field(
         min_length=1, description="Nested lists of numbers, [N, C, h, w] or [C, h, w]."

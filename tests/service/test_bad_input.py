@@ -143,6 +143,13 @@ class TestImages:
             (b'{"images": ["\xc3\xa9"]}', 400, "malformed", "Image 0 is not standard base64"),
             (b'{"images": [""]}', 400, "malformed", "image is empty"),
             (b"[" * 100_000, 400, "malformed", "not valid JSON"),
+            (b'{"images": [' + b"0," * 100_000 + b"0]}", 422, "invalid-option", "images.0"),
+            (b'{"images": ["AAAA"], "x": [' + b"[]," * 10_000 + b"0]}", 413, "too-large", "beside"),
+            (b'{"images": ["AAAA"], "images": ["AAAA"]}', 400, "malformed", "one name"),
+            ('{"images": ["AAAA"]}'.encode("utf-16"), 400, "malformed", "UTF-8"),
+            (b'{"images": ["\\ud800"]}', 400, "malformed", "Image 0 is not standard base64"),
+            (b'{"images": ["AAAA"], "\\ud800": 1}', 400, "malformed", "not valid JSON"),
+            (b'{"images": ["AAAA"], "\xff": 1}', 400, "malformed", "not valid JSON"),
         ],
     )
     def test_json(
@@ -379,6 +386,15 @@ class TestLatents:
             ("[]", 422, "invalid-option", "latents"),
             ("[" * 3000 + "]" * 3000, 400, "malformed", "not valid JSON"),
             ("[[" * 50 + "]]" * 50, 422, "invalid-latents", "."),
+            ('["' + "x" * 100_000 + '"' + ', ""' * 8000 + "]", 422, "invalid-latents", "other than numbers"),
+            ("[" + "[]," * 3000 + "1]", 422, "invalid-latents", "."),
+            ("[" + "0," * 20_000 + "0]", 413, "too-large", "more numbers"),
+            ("[" + "9" * 5000 + "]", 400, "malformed", "not valid JSON"),
+            ("[" + "9" * 400 + "]", 422, "invalid-latents", "too large"),
+            ("[[[1e999999]]]", 422, "invalid-latents", "shape [1, 1, 1]"),
+            ('[1], "latents": [1]', 400, "malformed", "one name"),
+            ('[1], "checkpoint_sha256": "\\ud800"', 400, "malformed", "not valid JSON"),
+            ("[1]" + ', "x": 1' * 10_000, 413, "too-large", "beside"),
         ],
     )
     def test_json(

@@ -182,6 +182,24 @@ def test_the_types_of_multipart_parts_are_not_asked(client: httpx.Client, png: b
         assert response.status_code == 200
 
 
+def test_bodies_with_a_byte_order_mark_or_a_preamble(
+    client: httpx.Client, png: bytes, latents: Tensor
+) -> None:
+    images = json.dumps({"images": [base64.b64encode(png).decode()]})
+    numbers = json.dumps({"latents": latents.tolist()})
+    for headers in ({}, {"Content-Type": "application/json"}):
+        for route, text in (("/encode", images), ("/reconstruct", images), ("/decode", numbers)):
+            body = text.encode("utf-8-sig")
+            assert client.post(route, content=body, headers=headers).status_code == 200
+    part = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n' + png
+    response = client.post(
+        "/encode",
+        content=b"Made by a mail program.\r\n" + part + b"\r\n--x--\r\nThe end.",
+        headers={"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize("content_type", ["application/octet-stream", "binary/octet-stream"])
 def test_latent_bodies_are_sniffed(client: httpx.Client, latents: Tensor, content_type: str) -> None:
     for body in (
