@@ -5,6 +5,7 @@ runs them. A captured graph replays them as one.
 """
 
 import bisect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 NUM_WARMUP_RUNS = 3
+
+_capturing = threading.Lock()
+"""Held by the one capture of the process, its warm-up included: what a warm-up allocates or sets up would
+spoil the capture of another thread."""
 
 
 def bucket_for(num_items: int, buckets: Sequence[int]) -> int:
@@ -64,7 +69,7 @@ class CapturedBuckets:
         self.buckets = tuple(buckets)
         self._function = function
         self._inputs = example.clone()
-        with torch.cuda.device(example.device):
+        with _capturing, torch.cuda.device(example.device):
             self._pool = pool or torch.cuda.graph_pool_handle()
             # The largest first: the others then fit into its memory.
             self._graphs = {bucket: self._capture(bucket) for bucket in reversed(self.buckets)}
@@ -102,6 +107,8 @@ class CapturedBuckets:
                 self._function(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # On a stream of this device: PyTorch's default is the first capture's, whatever its device was.
+        # What other threads do meanwhile, such as batches of another device, is no part of it.
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             results = self._function(inputs)
         return graph, results

@@ -192,7 +192,8 @@ class CudaRunner:
     """Runs batches on one GPU: pinned buffers, asynchronous copies, every bucket a captured graph.
 
     The model runs on one stream, copies in and out on two others. Two batches are on their way at a time:
-    while the device runs one, the host fills the buffers of the next.
+    while the device runs one, the host fills the buffers of the next. Each holds a slot of buffers, from its
+    launch until it has been waited for or has failed, so that no batch's results are overwritten.
 
     Args:
         tokenizer: on the GPU.
@@ -210,7 +211,7 @@ class CudaRunner:
             self._compute, self._upload, self._download = (torch.cuda.Stream() for _ in range(3))
         side = tokenizer.config.image_size
         item_numel = max(3 * side * side, torch.Size(tokenizer.config.latent_shape).numel())
-        self._slots = itertools.cycle([_Slot(buckets[-1], item_numel) for _ in range(self.depth)])
+        self._free = [_Slot(buckets[-1], item_numel) for _ in range(self.depth)]
         self._captured: dict[BatchKey, CapturedBuckets] = {}
 
     def warm(self) -> Mapping[Operation, float]:
@@ -225,7 +226,32 @@ class CudaRunner:
         return _measure(self, self._tokenizer)
 
     def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
-        slot = next(self._slots)
+        assert self._free, f"more than {self.depth} batches launched and not waited for"
+        slot = self._free.pop()
+        try:
+            return self._queue(slot, key, inputs)
+        except BaseException:
+            self.reclaim(slot)
+            raise
+
+    def release(self, slot: "_Slot") -> None:
+        """Take back the slot of a batch whose copies have ended."""
+        assert slot not in self._free
+        self._free.append(slot)
+
+    def reclaim(self, slot: "_Slot") -> None:
+        """Take back the slot of a batch that failed, once the device no longer copies into or out of it."""
+        try:
+            for stream in (self._upload, self._compute, self._download):
+                with torch.cuda.stream(stream):
+                    reached = torch.cuda.Event(blocking=True)
+                    reached.record()
+                reached.synchronize()
+        finally:  # a device that cannot even wait is broken, and copies nothing
+            self.release(slot)
+
+    def _queue(self, slot: "_Slot", key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
+        """Queue the copies and kernels of one batch on the streams."""
         num_items = len(inputs)
         with torch.cuda.device(self._device), torch.inference_mode():
             began, ended, copied = (
@@ -247,7 +273,7 @@ class CudaRunner:
                 host_results = slot.results(results).copy_(results, non_blocking=True)
                 host_finite = slot.finite[:num_items].copy_(finite, non_blocking=True)
                 copied.record()
-        return CudaLaunched(host_results, host_finite, began, ended, copied)
+        return CudaLaunched(self, slot, host_results, host_finite, began, ended, copied)
 
     def free_memory(self) -> None:
         torch.cuda.empty_cache()
@@ -307,8 +333,10 @@ def _view(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class CudaLaunched:
-    """A batch whose copies and kernels are queued on the GPU."""
+    """A batch whose copies and kernels are queued on the GPU. It holds a slot until it is waited for."""
 
+    runner: CudaRunner
+    slot: _Slot
     host_results: Tensor
     host_finite: Tensor
     began: torch.cuda.Event
@@ -316,8 +344,14 @@ class CudaLaunched:
     copied: torch.cuda.Event
 
     def wait(self) -> Outcome:
-        self.copied.synchronize()
-        device_s = self.began.elapsed_time(self.ended) / 1e3
-        # The buffers are the next batch's: what is kept is copied, and becomes float32 on the way.
-        results = self.host_results.to(torch.float32, copy=True)
-        return Outcome(results, self.host_finite.tolist(), time.monotonic() - device_s, device_s)
+        try:
+            self.copied.synchronize()
+            device_s = self.began.elapsed_time(self.ended) / 1e3
+            # The buffers are the next batch's: what is kept is copied, and becomes float32 on the way.
+            results = self.host_results.to(torch.float32, copy=True)
+            outcome = Outcome(results, self.host_finite.tolist(), time.monotonic() - device_s, device_s)
+        except BaseException:
+            self.runner.reclaim(self.slot)
+            raise
+        self.runner.release(self.slot)
+        return outcome

@@ -6,6 +6,7 @@ When a batch fails it is split and run again, down to single items, so that only
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ class Worker(threading.Thread):
         self._probe = probe
         self._rates = rates
         self._metrics = metrics
+        self._flights: deque[_Flight] = deque()
         self._busy_since_s: float | None = None
         self._ended_s = 0.0  # when the last batch did
         self._idle_s = 0.0  # waited for work since then
@@ -90,19 +92,18 @@ class Worker(threading.Thread):
     def _work(self) -> None:
         """Launch batches, up to the runner's depth, and end them in order."""
         max_items = self._runner.buckets[-1]
-        flights: list[_Flight] = []
-        self._ended_s = time.monotonic()
+        self._account_from_now()
         while True:
             asked_s = time.monotonic()
-            tickets = self._queue.take_full(max_items) if flights else self._queue.take(max_items)
-            if not tickets and not flights:
+            tickets = self._queue.take_full(max_items) if self._flights else self._queue.take(max_items)
+            if not tickets and not self._flights:
                 return
             self._busy_since_s = time.monotonic()
             self._idle_s += self._busy_since_s - asked_s
             if live := [ticket for ticket in tickets if self._begin(ticket)]:
-                flights += self._launch(live)
-            if flights and (len(flights) == self._runner.depth or not live):
-                self._end(flights.pop(0))
+                self._launch(live)
+            if self._flights and (len(self._flights) == self._runner.depth or not live):
+                self._end_first()
             self._busy_since_s = None
 
     def _begin(self, ticket: Ticket) -> bool:
@@ -121,41 +122,87 @@ class Worker(threading.Thread):
             return False
         return True
 
-    def _launch(self, tickets: list[Ticket]) -> list[_Flight]:
+    def _launch(self, tickets: list[Ticket]) -> None:
         try:
-            inputs = [ticket.tensor for ticket in tickets]
-            return [_Flight(tickets, self._runner.launch(tickets[0].job.key, inputs))]
+            self._flights.append(_Flight(tickets, self._start_batch(tickets)))
         except Exception as exc:  # the worker's boundary: a bad item must not end the thread
             self._recover(tickets, exc)
-            return []
 
-    def _end(self, flight: _Flight) -> None:
+    def _start_batch(self, tickets: list[Ticket]) -> Launched:
+        return self._runner.launch(tickets[0].job.key, [ticket.tensor for ticket in tickets])
+
+    def _end_first(self) -> None:
+        flight = self._flights.popleft()
         try:
             outcome = flight.launched.wait()
         except Exception as exc:  # the worker's boundary
             self._recover(flight.tickets, exc)
-            return
-        self._deliver(flight.tickets, outcome)
+        else:
+            self._deliver(flight.tickets, outcome)
 
     def _recover(self, tickets: list[Ticket], error: Exception) -> None:
-        """After a batch failed: run its halves, so that only the guilty item's request fails."""
-        operation = tickets[0].job.key.operation
-        if is_out_of_memory(error):
-            self._runner.free_memory()
+        """After a batch failed: end what else is in flight, then run again what failed.
+
+        A failure beside another batch may be that one's fault, or only want its memory. What failed so is
+        run again whole, with nothing beside it, before anything is made of its failure.
+        """
+        if not self._flights:
+            self._split(tickets, error)
+            return
+        failed = [tickets]
+        self._note_failure(tickets, error)
+        while self._flights:
+            flight = self._flights.popleft()
+            self._busy_since_s = time.monotonic()  # each batch has the whole time of one
+            try:
+                outcome = flight.launched.wait()
+            except Exception as exc:  # the worker's boundary
+                failed.append(flight.tickets)
+                self._note_failure(flight.tickets, exc)
+            else:
+                self._deliver(flight.tickets, outcome)
+        for batch in failed:
+            self._run(batch)
+
+    def _run(self, tickets: list[Ticket]) -> None:
+        """Run those tickets of a failed batch that are still wanted, alone on the device."""
+        self._busy_since_s = time.monotonic()
+        wanted = [ticket for ticket in tickets if not ticket.job.settled]
+        self._count(tickets[0].job.key.operation, "cancelled", len(tickets) - len(wanted))
+        if not wanted:
+            return
+        try:
+            outcome = self._start_batch(wanted).wait()
+        except Exception as exc:  # the worker's boundary
+            self._split(wanted, exc)
+        else:
+            self._deliver(wanted, outcome)
+
+    def _split(self, tickets: list[Ticket], error: Exception) -> None:
+        """Run the halves of a batch that failed, so that only the guilty item's request fails."""
+        self._note_failure(tickets, error)
         if len(tickets) == 1:
             self._blame(tickets[0], error)
+            self._account_from_now()
             return
-        logger.warning("a batch of %d failed and is split: %s", len(tickets), _first_line(error))
-        self._metrics.batch_failures.labels(_reason(error)).inc()
         middle = len(tickets) // 2
         for half in (tickets[:middle], tickets[middle:]):
-            self._busy_since_s = time.monotonic()  # each run has the whole time of a batch
-            wanted = [ticket for ticket in half if not ticket.job.settled]
-            for _ in range(len(half) - len(wanted)):
-                self._count(operation, "cancelled")
-            if wanted:
-                for flight in self._launch(wanted):
-                    self._end(flight)
+            self._run(half)
+
+    def _note_failure(self, tickets: list[Ticket], error: Exception) -> None:
+        """Charge a failed batch's time to its operation alone, and make room where there was too little."""
+        assert self._busy_since_s is not None
+        self._queue.charge(tickets[0].job.key.operation, time.monotonic() - self._busy_since_s)
+        self._account_from_now()
+        if is_out_of_memory(error):
+            self._runner.free_memory()
+        if len(tickets) > 1:
+            logger.warning("a batch of %d failed and is run again: %s", len(tickets), _first_line(error))
+            self._metrics.batch_failures.labels(_reason(error)).inc()
+
+    def _account_from_now(self) -> None:
+        """What the next batch costs begins now."""
+        self._ended_s, self._idle_s = time.monotonic(), 0.0
 
     def _blame(self, ticket: Ticket, error: Exception) -> None:
         """Fail one item's request; then see whether the device still works."""
@@ -188,8 +235,10 @@ class Worker(threading.Thread):
         key = tickets[0].job.key
         finished_s = time.monotonic()
         # What a batch costs the queue is more than the device's time: all that the host did for it, too.
-        self._rates.record(key.operation, len(tickets), finished_s - self._ended_s - self._idle_s)
-        self._ended_s, self._idle_s = finished_s, 0.0
+        # It is no less where another batch failed in between, from whose end on it is accounted.
+        cost_s = max(outcome.device_s, finished_s - self._ended_s - self._idle_s)
+        self._rates.record(key.operation, len(tickets), cost_s)
+        self._account_from_now()
         self._record(key, len(tickets), outcome, tickets[0].job.times.taken_s)
         for ticket, result, finite in zip(tickets, outcome.results, outcome.finite, strict=True):
             times = ticket.job.times
@@ -217,8 +266,8 @@ class Worker(threading.Thread):
         self._count(ticket.job.key.operation, "failed")
         ticket.job.fail(error)
 
-    def _count(self, operation: Operation, outcome: str) -> None:
-        self._metrics.items.labels(operation, outcome).inc()
+    def _count(self, operation: Operation, outcome: str, num_items: int = 1) -> None:
+        self._metrics.items.labels(operation, outcome).inc(num_items)
 
 
 def is_out_of_memory(error: Exception) -> bool:

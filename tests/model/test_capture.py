@@ -1,5 +1,10 @@
 """Captures: buckets, and that encodes and decodes hold nothing that a CUDA graph cannot."""
 
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -124,3 +129,70 @@ def test_captures_refuse_other_shapes():
         captured(torch.rand(2, 3, 256, 256))
     with pytest.raises(ValueError, match="the largest of"):
         CapturedBuckets(torch.neg, torch.zeros(3, device="cuda"), (1, 2))
+
+
+class FakeExample:
+    """A batch that says it is on a GPU."""
+
+    device = torch.device("cuda:0")
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, items: slice) -> "FakeExample":
+        return self
+
+    def clone(self) -> "FakeExample":
+        return self
+
+
+def test_one_capture_at_a_time(monkeypatch):
+    """Warm-up included, whatever the device; and what other threads do meanwhile does not spoil it."""
+    modes, inside, overlaps = [], [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def graph(captured, pool, stream, capture_error_mode):
+        assert isinstance(stream, Stream), "of this device, not the first capture's"
+        modes.append(capture_error_mode)
+        yield
+
+    for name, stub in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda _: nullcontext(),
+        "device": lambda _: nullcontext(),
+        "graph_pool_handle": object,
+        "CUDAGraph": object,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    both_run = threading.Barrier(2)
+
+    def function(batch):
+        name = threading.current_thread().name
+        inside.append(name)
+        overlaps.append(len(set(inside)) > 1)
+        time.sleep(0)  # lets the other thread run
+        inside.remove(name)
+
+    def capture():
+        both_run.wait(60)
+        for _ in range(20):
+            CapturedBuckets(function, FakeExample(), (1, 2))
+
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=capture) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(switch_s)
+    assert not any(overlaps)
+    assert set(modes) == {"thread_local"}
