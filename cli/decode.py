@@ -14,7 +14,7 @@ from cli.errors import EXIT_OK, UsageError
 from cli.options import Subparsers, add_command, add_settings, read_settings
 from model.tokenizer import Tokenizer
 from service import tensors
-from service.engine import load_tokenizer
+from service.devices import load_tokenizer
 from service.errors import ServiceError
 from service.negotiation import JSON, NPY, SAFETENSORS
 from service.payloads import LatentBatch, Payload, read_latents

@@ -12,7 +12,7 @@ from cli import files
 from cli.errors import EXIT_OK, UsageError
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
 from service.answers import Origin, latents_answer
-from service.engine import load_tokenizer
+from service.devices import load_tokenizer
 from service.negotiation import NPY, SAFETENSORS
 from service.schemas import EncodeOptions
 

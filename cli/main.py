@@ -1,42 +1,15 @@
-"""Entry point of the ``drorae`` command: the parser, and the one place where errors become exit codes."""
+"""Entry point of the ``drorae`` command, and the one place where errors become exit codes."""
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
-from cli import (
-    analyze,
-    decode,
-    encode,
-    evaluate,
-    export,
-    import_,
-    info,
-    pull,
-    reconstruct,
-    serve,
-    stats,
-    train,
-)
-from cli.errors import EXIT_FAILED, describe
+from model.process import limit_threads
+from service import startup
 
 logger = logging.getLogger(__name__)
-
-COMMANDS = (serve, reconstruct, encode, decode, info, pull, import_, export, evaluate, analyze, stats, train)
-DESCRIPTION = "Turn images into DRoRAE latents and back: as files, as an HTTP service, or train the model."
-EPILOG = """\
-first steps:
-  drorae reconstruct photo.jpg out.png        what the tokenizer keeps of a photo
-  drorae encode photo.jpg -o latents.safetensors
-  drorae decode latents.safetensors out.png
-  drorae serve                                the same over HTTP, on 127.0.0.1:8000
-
-exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input.
     """
+    from cli.errors import EXIT_FAILED, describe  # with PyTorch, for which `program` prepares the process
+    from cli.parser import build_parser
+
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -66,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The ``drorae`` program."""
+    if "serve" in sys.argv[1:3]:  # --debug may come first
+        startup.prepare()
+    else:
+        limit_threads()
     status = main()
     if "LOCAL_RANK" in os.environ:
         # One of torchrun's: gloo's threads outlive its groups, and can abort an interpreter that goes away
@@ -74,22 +54,6 @@ def program() -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
-    parser = argparse.ArgumentParser(
-        prog="drorae",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"drorae {version('drorae')}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    return parser
 
 
 def _unexpected(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from cli.errors import EXIT_FAILED, EXIT_OK, CommandError, UsageError
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
 from model.metrics import psnr, ssim
 from service.decoding import ImageRules
-from service.engine import load_tokenizer
+from service.devices import load_tokenizer
 
 EXAMPLES = """\
   drorae reconstruct photo.jpg out.png

@@ -2,14 +2,17 @@
 
 import sys
 
-from pydantic import ValidationError
-
-from service.server import leave_if_stuck, run
-from service.settings import ENV_PREFIX, Settings
+from service.startup import prepare
 
 
 def main() -> int:
     """Read the environment and serve; returns the exit status."""
+    prepare()
+    from pydantic import ValidationError
+
+    from service.server import leave_if_stuck, run
+    from service.settings import ENV_PREFIX, Settings
+
     try:
         settings = Settings()
     except ValidationError as exc:

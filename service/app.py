@@ -9,7 +9,8 @@ from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
 from service.auth import ApiKeys
-from service.engine import Engine, Load, load_tokenizer
+from service.devices import load_tokenizer
+from service.engine import Engine, Load
 from service.metrics import Metrics
 from service.middleware import (
     REQUEST_ID_HEADER,

@@ -4,7 +4,6 @@ Life of an engine: LOADING -> READY -> DRAINING -> STOPPED, or FAILED from any o
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,19 +15,25 @@ import torch
 from model.errors import ModelError
 from model.tokenizer import Tokenizer
 from service.batching import BatchKey, FairQueue, Job, Operation
+from service.devices import load_tokenizer, resident_bytes, share_cores, visible_devices
 from service.errors import UnavailableError
+from service.launching import Runner
 from service.metrics import Metrics
 from service.rates import Rates
-from service.runner import CudaRunner, HostRunner, Runner, sample_inputs
+from service.runner import CudaRunner, HostRunner
 from service.settings import Settings
+from service.warming import SLACK, sample_inputs
+from service.watchdog import Watchdog, Watched
 from service.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.2
-MAX_CPU_WORKERS = 4
+PROGRESS_INTERVAL_S = 5.0
 
 Load = Callable[[Settings], Tokenizer]
+
+_FAILED = "The engine has failed and the service is about to stop; its log says why."
 
 
 class EngineState(StrEnum):
@@ -41,35 +46,13 @@ class EngineState(StrEnum):
     FAILED = "failed"
 
 
-def load_tokenizer(settings: Settings) -> Tokenizer:
-    """Load the tokenizer that the settings name, on the device that they name.
+class _Starter(threading.Thread):
+    """The thread that loads the model, as the watchdog sees it."""
 
-    Raises:
-        model.errors.CheckpointError: it cannot be loaded.
-        model.errors.FusionError: the implementation of the fusion that they force cannot run here.
-        UnavailableError: the device does not exist here.
-    """
-    device = visible_devices(settings.device)[0]
-    dtype = getattr(torch, settings.dtype)
-    return Tokenizer.load(settings.checkpoint, device=device, dtype=dtype, fusion=settings.fusion)
-
-
-def visible_devices(device: str) -> list[str]:
-    """The devices that a setting means: ``auto`` and ``cuda`` stand for every visible GPU.
-
-    Raises:
-        UnavailableError: there is no such device here.
-    """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and num_gpus == 0):
-        return ["cpu"]
-    if num_gpus == 0:
-        raise UnavailableError(f"The device {device!r} is not there: PyTorch sees no GPU.")
-    if device in ("auto", "cuda"):
-        return [f"cuda:{index}" for index in range(num_gpus)]
-    if int(device.removeprefix("cuda:")) >= num_gpus:
-        raise UnavailableError(f"The device {device!r} is not there: PyTorch sees {num_gpus} GPUs.")
-    return [device]
+    def __init__(self, start: Callable[[], None]) -> None:
+        super().__init__(target=start, name="drorae-engine", daemon=True)
+        self.busy_since_s: float | None = None
+        self.computes = False
 
 
 class Engine:
@@ -86,7 +69,8 @@ class Engine:
     Attributes:
         rates: what items cost, as measured.
         failure: why it failed; None unless it did.
-        broken: whether it failed after it had been ready.
+        broken: whether a device hung or died, at the start or later, rather than a checkpoint or a setting
+            being unusable.
     """
 
     def __init__(
@@ -111,9 +95,13 @@ class Engine:
         self._state = EngineState.LOADING
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
+        self._batch_limit_s = settings.hang_timeout_s
+        self._watchdog = Watchdog()
+        self._is_stuck = False
         self._settled = threading.Event()
         self._closing = threading.Event()
-        self._starter = threading.Thread(target=self._start, name="drorae-engine", daemon=True)
+        self._starter = _Starter(self._start)
+        self._watcher = threading.Thread(target=self._watch, name="drorae-watch", daemon=True)
         metrics.queue_items.set_function(lambda: len(self._queue))
         metrics.ready.set_function(lambda: self._state is EngineState.READY)
         metrics.engines.set_function(lambda: len(self._workers))
@@ -134,6 +122,11 @@ class Engine:
         return len(self._workers)
 
     @property
+    def batch_size(self) -> int:
+        """Most items that go through the model at once: fewer than the setting where it is too slow."""
+        return min((worker.max_items for worker in self._workers), default=self._settings.batch_size)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The loaded tokenizer, of the first device where there are several.
 
@@ -147,6 +140,7 @@ class Engine:
     def start(self) -> None:
         """Begin to load, and to work once loaded; returns at once."""
         self._starter.start()
+        self._watcher.start()
 
     def wait_until_settled(self, timeout_s: float) -> bool:
         """Wait until loading has ended, well or not; False when that took longer than ``timeout_s``."""
@@ -193,13 +187,17 @@ class Engine:
                 self._state = EngineState.DRAINING
 
     def close(self, timeout_s: float) -> None:
-        """Finish what was taken for at most ``timeout_s``, fail whatever remains, and stop."""
+        """Finish what was taken for at most ``timeout_s``, fail whatever remains, and stop.
+
+        What still loads is left alone: nothing was taken yet.
+        """
         self.start_draining()
         self._closing.set()
         self._queue.close()
-        deadline_s = time.monotonic() + (0.0 if self._state is EngineState.FAILED else timeout_s)
-        for worker in self._workers:
-            worker.join(max(0.0, deadline_s - time.monotonic()))
+        if self._settled.is_set() and self.failure is None and not self._is_stuck:
+            deadline_s = time.monotonic() + timeout_s
+            for worker in self._workers:
+                worker.join(max(0.0, deadline_s - time.monotonic()))
         self.fail_jobs(UnavailableError("The service stopped before the model came to this."))
         with self._lock:
             if self._state is not EngineState.FAILED:
@@ -218,13 +216,17 @@ class Engine:
         }
         detail = details.get(self._state, "The service is draining and takes no new work.")
         if self.broken:
-            detail = "The engine has failed and the service is about to stop; its log says why."
+            detail = _FAILED
         return UnavailableError(detail, {"Retry-After": str(self._settings.retry_after_s)})
 
     def _start(self) -> None:
-        started_s = time.monotonic()
+        started_s = self._starter.busy_since_s = time.monotonic()
         try:
-            self._start_workers(self._load_runners())
+            runners = self._load_runners()
+            self._starter.busy_since_s = None
+            if self._closing.is_set():
+                return
+            self._start_workers(runners)
         except Exception as exc:  # the thread's boundary: whatever it was, the service must say so
             if not isinstance(exc, ModelError | UnavailableError):
                 logger.exception("loading %s failed unexpectedly", self._settings.checkpoint)
@@ -237,23 +239,23 @@ class Engine:
                     self._state = EngineState.READY
             logger.info("%d engines ready after %.1f s", self.num_workers, time.monotonic() - started_s)
         finally:
+            self._starter.busy_since_s = None
             self._settled.set()
-        if self.failure is None:
-            self._watch()
 
     def _load_runners(self) -> list[Runner]:
         settings = self._settings
         runners: list[Runner] = []
         for device in visible_devices(settings.device):
+            self._starter.computes = device == "cpu"
             tokenizer = self._load(settings.model_copy(update={"device": device}))
             if self._tokenizer is None:
                 self._tokenizer = tokenizer
             if tokenizer.device.type == "cuda":
-                runners.append(CudaRunner(tokenizer, settings.buckets))
+                runners.append(CudaRunner(tokenizer, settings.buckets, settings.hang_timeout_s))
                 continue
             num_workers, num_threads = share_cores(settings.cpu_workers, settings.cpu_threads)
             runners += [
-                HostRunner(tokenizer, settings.buckets, f"cpu:{index}", num_threads)
+                HostRunner(tokenizer, settings.buckets, f"cpu:{index}", num_threads, settings.hang_timeout_s)
                 for index in range(num_workers)
             ]
         self._describe(self.tokenizer)
@@ -274,28 +276,33 @@ class Engine:
 
         Raises:
             Exception: what a worker failed with.
-            UnavailableError: a batch takes so long that it would count as hung.
         """
         self._queue.num_engines = len(runners)
         for runner in runners:
             self._watch_memory(runner.name)
             probe = partial(self._probe, runner)
             self._workers.append(Worker(runner, self._queue, probe, self.rates, self._metrics))
-            self._workers[-1].start()
+        for worker in self._workers:
+            worker.start()
         for worker in self._workers:
             worker.warmed.wait()
             if worker.failure is not None:
                 raise worker.failure
-        largest, limit_s = self._settings.batch_size, self._settings.hang_timeout_s
-        for operation in Operation:
-            duration_s = self.rates.duration_s({operation: largest}, 1)
-            told = f"a batch of {largest} to {operation} takes {duration_s:.1f} s here"
-            if duration_s > limit_s:
-                raise UnavailableError(
-                    f"{told}, longer than hang_timeout_s={limit_s:g}: raise that, or lower batch_size"
-                )
-            if duration_s > limit_s / 2:
-                logger.warning("%s, more than half of hang_timeout_s=%g", told, limit_s)
+        self._allow_for_slowness()
+
+    def _allow_for_slowness(self) -> None:
+        """Say which batch sizes were left out; where even the smallest is slow, it gets more time."""
+        settings = self._settings
+        advice = f"too slow here for hang_timeout_s={settings.hang_timeout_s:g}"
+        if self.batch_size < settings.batch_size:
+            logger.warning(
+                "batches of more than %d items are %s and are left out: raise it, or lower batch_size=%d",
+                *(self.batch_size, advice, settings.batch_size),
+            )
+        needed_s = SLACK * max(worker.batch_s for worker in self._workers)
+        if needed_s > self._batch_limit_s:
+            self._batch_limit_s = needed_s
+            logger.warning("even the smallest batch is %s: it may take %.3g s", advice, needed_s)
 
     def _probe(self, runner: Runner) -> None:
         key = BatchKey(Operation.RECONSTRUCT)
@@ -309,52 +316,58 @@ class Engine:
             gauge.labels("cpu").set_function(resident_bytes)
 
     def _watch(self) -> None:
-        """Look after the workers until the engine closes; the first that hangs or ends is its failure."""
-        limit_s = self._settings.hang_timeout_s
+        """Look after the threads until the engine closes; the first that hangs or ends is its failure."""
+        started_s = told_s = time.monotonic()
         while not self._closing.wait(WATCH_INTERVAL_S):
-            for worker in self._workers:
-                if worker.busy_s() > limit_s:
-                    self._fail_working(f"{worker.name} has been busy with one batch for over {limit_s:g} s")
-                    return
-                if not worker.is_alive():
-                    self._fail_working(f"{worker.name} ended: {worker.failure!r}")
-                    return
+            threads: list[Watched] = [self._starter, *self._workers]
+            now_s = time.monotonic()
+            if self._state is EngineState.LOADING and now_s - told_s >= PROGRESS_INTERVAL_S:
+                told_s = now_s
+                logger.info("%s, for %.0f s so far", self._activity(), now_s - started_s)
+            self._watchdog.look(threads)
+            problem = next(filter(None, (self._problem(thread) for thread in threads)), None)
+            # Workers end in order once the engine closes, which may have been since the wait.
+            if problem is not None and not self._closing.is_set():
+                self._fail_working(problem)
+                return
 
-    def _fail_working(self, reason: str) -> None:
-        logger.critical("the engine failed: %s", reason)
-        self.broken = True
-        self._fail(f"the engine failed: {reason}")
-        self.fail_jobs(self.unavailable())
+    def _activity(self) -> str:
+        if not self._workers:
+            return f"loading {self._settings.checkpoint}"
+        num_warm = sum(worker.warmed.is_set() for worker in self._workers)
+        return f"warming, {num_warm} of {self.num_workers} engines are done"
 
-    def _fail(self, reason: str) -> None:
+    def _problem(self, thread: Watched) -> str | None:
+        """Why a thread is lost."""
+        counted_s = self._watchdog.counted_s(thread)
+        if isinstance(thread, Worker) and thread.warmed.is_set():
+            if not thread.is_alive() and self._settled.is_set():
+                return f"{thread.name} ended: {thread.failure!r}"
+            if counted_s > self._batch_limit_s:
+                return f"{thread.name} has been busy with one batch for over {self._batch_limit_s:g} s"
+        elif counted_s > self._settings.start_timeout_s:
+            limit_s = self._settings.start_timeout_s
+            return f"{thread.name} got nowhere for start_timeout_s={limit_s:g} ({self._activity()})"
+        return None
+
+    def _fail_working(self, problem: str) -> None:
+        logger.critical("the engine failed: %s", problem)
+        self._is_stuck = True
+        self._fail(f"the engine failed: {problem}", broken=True)
+        self._settled.set()
+        self.fail_jobs(UnavailableError(_FAILED, self.unavailable().headers))
+
+    def _fail(self, reason: str, broken: bool = False) -> None:
+        """Be failed, unless that was so before, or the service stops anyway."""
         with self._lock:
-            self.failure = reason
+            if self._state not in (EngineState.LOADING, EngineState.READY):
+                return
+            self.failure, self.broken = reason, broken
             self._state = EngineState.FAILED
         if self._on_failure is not None:
             self._on_failure()
         else:
             logger.error("%s", reason)
-
-
-def share_cores(num_workers: int, num_threads: int) -> tuple[int, int]:
-    """Workers of a CPU and the threads of each, from the settings ``cpu_workers`` and ``cpu_threads``.
-
-    A batch gains less from a second core than a second batch does (on two cores, 47 images a second by two
-    single-threaded workers, 40 by one with two threads), and one that shares its cores with decoders does
-    not make a second thread wait.
-    """
-    cores = num_threads or len(os.sched_getaffinity(0))
-    workers = num_workers or min(cores, MAX_CPU_WORKERS)
-    return workers, max(1, cores // workers)
-
-
-def resident_bytes() -> float:
-    """Memory of this process that is resident, bytes; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as stream:
-            return float(int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    except OSError:
-        return 0.0
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,6 @@ written in a pool of threads; the model runs in the engine's own.
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from fastapi import Request, Response
 from prometheus_client import Histogram
 from torch import Tensor
 
+from model.process import num_cpus
 from model.tokenizer import Tokenizer
 from service.admission import Admission, Reservation
 from service.answers import writing_bytes
@@ -48,7 +48,7 @@ class Pipeline:
         self.engine = engine
         self.metrics = metrics
         self.admission = Admission(settings, engine, metrics)
-        cores = len(os.sched_getaffinity(0))
+        cores = num_cpus()
         num_decoders = settings.num_decoders or min(cores, MAX_DECODERS)
         self.decoders = Decoders(num_decoders, settings.hang_timeout_s, metrics)
         self._io_threads = ThreadPoolExecutor(

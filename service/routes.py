@@ -142,7 +142,10 @@ async def info(request: Request) -> Response:
         dtype=dtype_name(tokenizer.dtype),
         device=str(tokenizer.device),
         kernel_path=tokenizer.fusion_path,
-        limits=Limits(**{name: getattr(settings, name) for name in Limits.model_fields}),
+        limits=Limits(
+            **{name: getattr(settings, name) for name in Limits.model_fields}
+            | {"batch_size": pipeline.engine.batch_size}
+        ),
     )
     return Response(document.model_dump_json(), media_type=JSON)
 

@@ -8,10 +8,10 @@ Shape legend: B items of a bucket, n items of a batch (the rest is padding), S i
 """
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,90 +20,8 @@ from model.capture import CapturedBuckets, bucket_for
 from model.pixels import to_unit
 from model.tokenizer import Tokenizer, finite_items
 from service.batching import BatchKey, Operation
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a batch gave.
-
-    Attributes:
-        results: [n, ...] float32 on the CPU.
-        finite: for each item whether all of its numbers are.
-        started_s: when the device began, on the clock of `time.monotonic`.
-        device_s: how long it took, seconds.
-    """
-
-    results: Tensor
-    finite: Sequence[bool]
-    started_s: float
-    device_s: float
-
-
-class Launched(Protocol):
-    """A batch on its way."""
-
-    def wait(self) -> Outcome:
-        """Wait for the device.
-
-        Raises:
-            Exception: whatever the model or the device raised.
-        """
-        ...
-
-
-class Runner(Protocol):
-    """One device, or one worker of the CPU, with the model on it.
-
-    Attributes:
-        name: such as ``cuda:0`` or ``cpu:1``.
-        buckets: sizes that batches are padded to, ascending.
-        depth: batches that may be launched and not yet waited for.
-    """
-
-    name: str
-    buckets: Sequence[int]
-    depth: int
-
-    def warm(self) -> Mapping[Operation, float]:
-        """Run every bucket, so that no request pays for what is compiled, captured or allocated once.
-
-        Returns:
-            How long a batch of the largest bucket takes then, seconds.
-        """
-        ...
-
-    def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> Launched:
-        """Begin a batch of at most the largest bucket's size.
-
-        Args:
-            key: what is done.
-            inputs: images [3, S, S] uint8 or float32 in [0, 1], or latents [C, h, w] float32; on the CPU.
-        """
-        ...
-
-    def free_memory(self) -> None:
-        """Give back what is cached, after the device ran out of memory."""
-        ...
-
-
-def keys_of(tokenizer: Tokenizer) -> list[BatchKey]:
-    """Every kind of batch that a tokenizer can run."""
-    normalizations = (False, True) if tokenizer.has_statistics else (False,)
-    return [
-        *(BatchKey(Operation.ENCODE, normalize=normalize) for normalize in normalizations),
-        BatchKey(Operation.ENCODE, "base"),
-        *(BatchKey(Operation.DECODE, normalize=normalize) for normalize in normalizations),
-        BatchKey(Operation.RECONSTRUCT),
-        BatchKey(Operation.RECONSTRUCT, "base"),
-    ]
-
-
-def sample_inputs(tokenizer: Tokenizer, key: BatchKey, num_items: int) -> list[Tensor]:
-    """Inputs that the model takes without complaint: grey images, or latents of zeros."""
-    if key.operation is Operation.DECODE:
-        return [torch.zeros(tokenizer.config.latent_shape)] * num_items
-    side = tokenizer.config.image_size
-    return [torch.full((3, side, side), 128, dtype=torch.uint8)] * num_items
+from service.launching import Outcome
+from service.warming import fast_buckets, keys_of, measure, sample_inputs
 
 
 def compute(tokenizer: Tokenizer, key: BatchKey, batch: Tensor) -> Tensor:
@@ -122,13 +40,6 @@ def compute(tokenizer: Tokenizer, key: BatchKey, batch: Tensor) -> Tensor:
                 return tokenizer.reconstruct(batch, latent=key.latent)
 
 
-def _measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
-    """Seconds that one batch of the largest bucket takes, by operation."""
-    keys = [BatchKey(operation) for operation in Operation]
-    inputs = {key: sample_inputs(tokenizer, key, runner.buckets[-1]) for key in keys}
-    return {key.operation: runner.launch(key, inputs[key]).wait().device_s for key in keys}
-
-
 class HostRunner:
     """Runs batches where the thread that calls it runs.
 
@@ -137,22 +48,29 @@ class HostRunner:
         buckets: sizes that batches are padded to.
         name: for logs and metrics.
         num_threads: cores that one batch uses.
+        limit_s: how long a batch may take before it counts as hung, seconds.
     """
 
     depth = 1
 
-    def __init__(self, tokenizer: Tokenizer, buckets: Sequence[int], name: str, num_threads: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        buckets: Sequence[int],
+        name: str,
+        num_threads: int,
+        limit_s: float = math.inf,
+    ) -> None:
         self.name = name
         self.buckets = buckets
         self._tokenizer = tokenizer
         self._num_threads = num_threads
+        self._limit_s = limit_s
 
     def warm(self) -> Mapping[Operation, float]:
         torch.set_num_threads(self._num_threads)  # of this thread: PyTorch keeps the number thread by thread
-        key = BatchKey(Operation.RECONSTRUCT)  # encodes and decodes
-        for bucket in reversed(self.buckets):
-            self.launch(key, sample_inputs(self._tokenizer, key, bucket))
-        return _measure(self, self._tokenizer)
+        self.buckets = fast_buckets(self, self._tokenizer, self._limit_s)
+        return measure(self, self._tokenizer)
 
     def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "HostLaunched":
         started_s = time.monotonic()
@@ -198,13 +116,15 @@ class CudaRunner:
     Args:
         tokenizer: on the GPU.
         buckets: sizes that batches are padded to.
+        limit_s: how long a batch may take before it counts as hung, seconds.
     """
 
     depth = 2
 
-    def __init__(self, tokenizer: Tokenizer, buckets: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, buckets: Sequence[int], limit_s: float = math.inf) -> None:
         self.name = str(tokenizer.device)
         self.buckets = buckets
+        self._limit_s = limit_s
         self._tokenizer = tokenizer
         self._device = tokenizer.device
         with torch.cuda.device(self._device):
@@ -221,9 +141,10 @@ class CudaRunner:
                 self._captured[key] = CapturedBuckets(
                     self._function(key), self._example(key), self.buckets, pool
                 )
+        self.buckets = fast_buckets(self, self._tokenizer, self._limit_s)
         for key in keys_of(self._tokenizer):
             self.launch(key, sample_inputs(self._tokenizer, key, self.buckets[-1])).wait()
-        return _measure(self, self._tokenizer)
+        return measure(self, self._tokenizer)
 
     def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
         assert self._free, f"more than {self.depth} batches launched and not waited for"

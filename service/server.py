@@ -17,7 +17,8 @@ from fastapi import FastAPI
 
 from service import logs
 from service.app import create_app
-from service.engine import Load, load_tokenizer
+from service.devices import load_tokenizer
+from service.engine import Load
 from service.errors import StartError, UnavailableError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -110,8 +111,8 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
 
     Returns:
         Exit status: 0 after an orderly end, 1 when the address cannot be had, 2 when the model
-        cannot be loaded or the settings cannot be met, 3 when the engine hung or died; after 3 a
-        thread may still be stuck, so the process should end by `leave_if_stuck`.
+        cannot be loaded or the settings cannot be met, 3 when the engine hung or died. The process should
+        end by `leave_if_stuck`: a thread may still be stuck, or loading.
     """
     logs.configure(settings.log_level, settings.log_format)
     _allow_connections(settings.max_connections)

@@ -195,7 +195,15 @@ class Settings(BaseSettings):
         gt=0,
         le=3600,
         description="How long one batch, or one image's decoding, may take, seconds. After it the "
-        "engine counts as hung, and the service answers 503 and exits with status 3; a decoder is replaced.",
+        "engine counts as hung, and the service answers 503 and exits with status 3; a decoder is replaced. "
+        "Batch sizes that take more than half of it when the service starts are left out.",
+    )
+    start_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        le=86400,
+        description="How long loading the model, and then warming it, may each get nowhere, seconds, before "
+        "the service exits with status 3. Time for which other processes have the CPUs does not count.",
     )
     retry_after_s: int = Field(
         1,

@@ -16,10 +16,10 @@ from model.capture import bucket_for
 from model.errors import ModelError
 from service.batching import BatchKey, FairQueue, Operation, Ticket
 from service.errors import DeadlineError, DeviceMemoryError, InternalError, LatentsError, ServiceError
+from service.launching import Launched, Outcome, Runner
 from service.metrics import Metrics
 from service.problems import translate
 from service.rates import Rates
-from service.runner import Launched, Outcome, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +60,25 @@ class Worker(threading.Thread):
         """Set once every bucket has been run, or that has failed."""
         self.failure: BaseException | None = None
         """Why it ended before its time."""
+        self.busy_since_s: float | None = None
+        """When it began what it is at, a batch or to warm up; None when at nothing."""
+        self.computes = not runner.name.startswith("cuda")
+        """Whether its batches are computed by its own thread."""
+        self.batch_s = 0.0
+        """How long the slowest batch of the largest size takes, as measured when warming."""
         self._runner = runner
         self._queue = queue
         self._probe = probe
         self._rates = rates
         self._metrics = metrics
         self._flights: deque[_Flight] = deque()
-        self._busy_since_s: float | None = None
         self._ended_s = 0.0  # when the last batch did
         self._idle_s = 0.0  # waited for work since then
 
-    def busy_s(self) -> float:
-        """How long the batch that runs now has been running, seconds; 0 when there is none."""
-        since_s = self._busy_since_s
-        return 0.0 if since_s is None else time.monotonic() - since_s
+    @property
+    def max_items(self) -> int:
+        """Items of its largest batch."""
+        return self._runner.buckets[-1]
 
     def run(self) -> None:
         try:
@@ -85,26 +90,32 @@ class Worker(threading.Thread):
             self.warmed.set()
 
     def _warm(self) -> None:
+        self.busy_since_s = time.monotonic()
         for operation, duration_s in self._runner.warm().items():
-            self._rates.record(operation, self._runner.buckets[-1], duration_s)
+            self._rates.record(operation, self.max_items, duration_s)
+            self.batch_s = max(self.batch_s, duration_s)
+        self.busy_since_s = None
         self.warmed.set()
 
     def _work(self) -> None:
         """Launch batches, up to the runner's depth, and end them in order."""
-        max_items = self._runner.buckets[-1]
         self._account_from_now()
         while True:
             asked_s = time.monotonic()
-            tickets = self._queue.take_full(max_items) if self._flights else self._queue.take(max_items)
+            tickets = self._take()
             if not tickets and not self._flights:
                 return
-            self._busy_since_s = time.monotonic()
-            self._idle_s += self._busy_since_s - asked_s
+            self.busy_since_s = time.monotonic()
+            self._idle_s += self.busy_since_s - asked_s
             if live := [ticket for ticket in tickets if self._begin(ticket)]:
                 self._launch(live)
             if self._flights and (len(self._flights) == self._runner.depth or not live):
                 self._end_first()
-            self._busy_since_s = None
+            self.busy_since_s = None
+
+    def _take(self) -> list[Ticket]:
+        """The next batch; beside one in flight only a full one that is there already."""
+        return self._queue.take_full(self.max_items) if self._flights else self._queue.take(self.max_items)
 
     def _begin(self, ticket: Ticket) -> bool:
         """Whether the ticket is still wanted, and in time."""
@@ -153,7 +164,7 @@ class Worker(threading.Thread):
         self._note_failure(tickets, error)
         while self._flights:
             flight = self._flights.popleft()
-            self._busy_since_s = time.monotonic()  # each batch has the whole time of one
+            self.busy_since_s = time.monotonic()  # each batch has the whole time of one
             try:
                 outcome = flight.launched.wait()
             except Exception as exc:  # the worker's boundary
@@ -166,7 +177,7 @@ class Worker(threading.Thread):
 
     def _run(self, tickets: list[Ticket]) -> None:
         """Run those tickets of a failed batch that are still wanted, alone on the device."""
-        self._busy_since_s = time.monotonic()
+        self.busy_since_s = time.monotonic()
         wanted = [ticket for ticket in tickets if not ticket.job.settled]
         self._count(tickets[0].job.key.operation, "cancelled", len(tickets) - len(wanted))
         if not wanted:
@@ -191,8 +202,8 @@ class Worker(threading.Thread):
 
     def _note_failure(self, tickets: list[Ticket], error: Exception) -> None:
         """Charge a failed batch's time to its operation alone, and make room where there was too little."""
-        assert self._busy_since_s is not None
-        self._queue.charge(tickets[0].job.key.operation, time.monotonic() - self._busy_since_s)
+        assert self.busy_since_s is not None
+        self._queue.charge(tickets[0].job.key.operation, time.monotonic() - self.busy_since_s)
         self._account_from_now()
         if is_out_of_memory(error):
             self._runner.free_memory()
@@ -225,7 +236,7 @@ class Worker(threading.Thread):
         Raises:
             BrokenRunnerError: the device fails on it too.
         """
-        self._busy_since_s = time.monotonic()
+        self.busy_since_s = time.monotonic()
         try:
             self._probe()
         except Exception as exc:

@@ -6,7 +6,6 @@ however many ranks there are then. Shards come out in the order of their first p
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from model.process import num_cpus
 from training.data import Batch, evaluation_batches
 from training.distributed import Ranks
 from training.errors import TrainingError
@@ -123,7 +123,7 @@ def read_batches(
 
 def default_workers(device: torch.device) -> int:
     """Processes that decode: none where the processor computes the model too."""
-    return 0 if device.type == "cpu" else min(MAX_WORKERS, os.cpu_count() or 1)
+    return 0 if device.type == "cpu" else min(MAX_WORKERS, num_cpus())
 
 
 def _read_earlier(store: ShardStore) -> tuple[list[Shard], Exception | None]:

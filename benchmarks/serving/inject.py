@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.serving.faults_inputs import MARK_RGB
 from model.pixels import to_unit
 from model.tokenizer import Tokenizer
-from service.engine import load_tokenizer
+from service.devices import load_tokenizer
 from service.server import run
 from service.settings import Settings
 

@@ -63,6 +63,7 @@ def test_every_flag_reaches_its_setting(run, served):
         "num_decoders": 7,
         "drain_timeout_s": 0.5,
         "hang_timeout_s": 3.5,
+        "start_timeout_s": 120.5,
         "retry_after_s": 8,
         "api_keys": "one,two",
         "api_keys_file": "/keys",

@@ -1,10 +1,12 @@
 """The engine: jobs, batching, deadlines, failures of items, of devices and of threads, the end."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from torch import Tensor
 from model.errors import CheckpointError, FusionError, LatentError
 from model.tokenizer import Tokenizer
 from service.batching import BatchKey, Job, Operation
-from service.engine import Engine, EngineState, load_tokenizer, share_cores, visible_devices
+from service.devices import load_tokenizer, share_cores, visible_devices
+from service.engine import Engine, EngineState
 from service.errors import (
     DeadlineError,
     DeviceMemoryError,
@@ -296,14 +299,125 @@ def test_a_dead_engine_fails_everything_that_was_accepted(
     engine.close(30)
 
 
-def test_batches_slower_than_a_hang_are_refused_at_start(tokenizer: Tokenizer) -> None:
-    engine = Engine(Settings(cpu_workers=1, hang_timeout_s=1e-4), Metrics(), load=lambda _: tokenizer)
+class Slow:
+    """A tokenizer whose batches take their size in seconds, on a clock of their own."""
+
+    def __init__(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, held_up_s: float = 0.0) -> None:
+        self._tokenizer = tokenizer
+        self._now_s = 0.0
+        self._held_up_s = held_up_s
+        self.batch_sizes: list[int] = []
+        now = SimpleNamespace(monotonic=lambda: self._now_s)
+        for module in ("runner", "warming"):
+            monkeypatch.setattr(f"service.{module}.time", now)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def reconstruct(self, batch: Tensor, **options: Any) -> Tensor:
+        self._now_s += len(batch)
+        if len(batch) not in self.batch_sizes:
+            self._now_s += self._held_up_s  # by others: the first time only
+        self.batch_sizes.append(len(batch))
+        return self._tokenizer.reconstruct(batch, **options)
+
+
+def test_batch_sizes_that_are_too_slow_are_left_out(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow(tokenizer, monkeypatch)
+    with running(slow, batch_size=8, hang_timeout_s=7) as engine:
+        assert engine.batch_size == 3, "half of the limit, for what takes longer than when it was measured"
+        assert set(slow.batch_sizes) == {1, 2, 3, 4}, "none larger is tried"
+        slow.batch_sizes.clear()
+        assert submit(engine, RECONSTRUCT, images(8)).future.result(30).shape == (8, 3, 64, 64)
+        assert max(slow.batch_sizes) == 3
+    assert [record.levelname for record in caplog.records if "hang_timeout_s=7" in record.message] == [
+        "WARNING"
+    ]
+
+
+def test_one_slow_sample_is_no_measure(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(Slow(tokenizer, monkeypatch, held_up_s=9), batch_size=3, hang_timeout_s=7) as engine:
+        assert engine.batch_size == 3
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 8}, {"batch_size": 1}, {"batch_buckets": (8,)}])
+def test_the_smallest_batch_stays_and_gets_the_time_that_it_needs(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    with running(tokenizer, hang_timeout_s=1e-4, **settings) as engine:
+        assert engine.batch_size == min(settings.get("batch_buckets", (1,)))
+        submit(engine, ENCODE, images(3)).future.result(30)
+    assert any("smallest" in record.message and "0.0001" in record.message for record in caplog.records)
+
+
+def hanging_load(gate: threading.Event, tokenizer: Tokenizer) -> Callable[[Settings], Any]:
+    def load(_: Settings) -> Tokenizer:
+        gate.wait(60)
+        return tokenizer
+
+    return load
+
+
+def hanging_warm_up(gate: threading.Event, tokenizer: Tokenizer) -> Callable[[Settings], Any]:
+    class Hanging(Dying):
+        def reconstruct(self, batch: Tensor, **options: Any) -> Tensor:
+            gate.wait(60)
+            return tokenizer.reconstruct(batch, **options)
+
+    return lambda _: Hanging(tokenizer)
+
+
+@pytest.mark.parametrize("hanging", [hanging_load, hanging_warm_up])
+def test_a_device_that_hangs_at_the_start_breaks_the_engine(tokenizer: Tokenizer, hanging: Any) -> None:
+    gate, told = threading.Event(), threading.Event()
+    settings = Settings(cpu_workers=1, batch_size=1, start_timeout_s=0.5)
+    engine = Engine(settings, Metrics(), load=hanging(gate, tokenizer), on_failure=told.set)
     engine.start()
-    assert engine.wait_until_settled(30)
-    assert engine.state is EngineState.FAILED
-    assert "hang_timeout_s=0.0001" in str(engine.failure)
-    assert "lower batch_size" in str(engine.failure)
-    engine.close(30)
+    try:
+        assert told.wait(30)
+        assert engine.wait_until_settled(30)
+        assert (engine.state, engine.broken) == (EngineState.FAILED, True)
+        assert "start_timeout_s=0.5" in str(engine.failure)
+    finally:
+        gate.set()
+        engine.close(30)
+
+
+@pytest.mark.parametrize("hanging", [hanging_load, hanging_warm_up])
+def test_an_engine_that_still_starts_stops_at_once(tokenizer: Tokenizer, hanging: Any) -> None:
+    gate = threading.Event()
+    engine = Engine(Settings(cpu_workers=1), Metrics(), load=hanging(gate, tokenizer))
+    engine.start()
+    started_s = time.monotonic()
+    engine.close(3600)
+    assert time.monotonic() - started_s < 1800
+    assert (engine.state, engine.failure) == (EngineState.STOPPED, None)
+    gate.set()
+    engine._starter.join(30)
+    for worker in engine._workers:
+        worker.join(30)
+    assert (engine.state, engine.failure) == (EngineState.STOPPED, None), "also once it has loaded"
+
+
+def test_a_start_says_what_it_is_at(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.engine.PROGRESS_INTERVAL_S", 0.0)
+    told = threading.Event()
+    handler = logging.Handler()
+    handler.emit = lambda record: told.set() if "loading mini" in record.getMessage() else None  # type: ignore[method-assign]
+    logging.getLogger("service.engine").addHandler(handler)
+    caplog.set_level("INFO")
+    try:
+        engine = Engine(Settings(cpu_workers=1), Metrics(), load=lambda _: told.wait(60) and tokenizer)
+        engine.start()
+        assert engine.wait_until_settled(60)
+        assert told.is_set()
+        engine.close(30)
+    finally:
+        logging.getLogger("service.engine").removeHandler(handler)
 
 
 def test_every_bucket_is_run_before_the_engine_is_ready(tokenizer: Tokenizer) -> None:
@@ -358,6 +472,42 @@ def test_draining_finishes_what_was_taken(gated: Any) -> None:
         gated.gate.set()
         engine.close(30)
         assert job.future.result(30).shape == (3, 32, 8, 8)
+
+
+def test_an_orderly_close_is_no_death(tokenizer: Tokenizer) -> None:
+    """Also where the watching thread loses the CPU between its wait and its look at workers that are gone."""
+    engine, told = Engine(Settings(cpu_workers=1, batch_size=1), Metrics(), load=lambda _: tokenizer), []
+    engine._on_failure = lambda: told.append(engine.failure)
+    reached, go = threading.Event(), threading.Event()
+    wait = engine._closing.wait
+
+    def wait_and_lose_the_cpu(timeout: float | None = None) -> bool:
+        closing = wait(timeout)
+        if not closing and engine.state is EngineState.READY:
+            reached.set()
+            assert go.wait(60)
+        return closing
+
+    engine._closing.wait = wait_and_lose_the_cpu  # type: ignore[method-assign]
+    engine.start()
+    assert reached.wait(60)
+    engine.close(30)
+    go.set()
+    engine._watcher.join(30)
+    assert (engine.state, engine.failure, told) == (EngineState.STOPPED, None, [])
+
+
+def test_a_hang_while_draining_ends_what_was_taken_and_not_the_order(gated: Any) -> None:
+    engine, told = broken_engine(gated, hang_timeout_s=0.5)
+    gated.arm()
+    job = submit(engine, ENCODE, images(1))
+    assert gated.entered.acquire(timeout=30)
+    engine.start_draining()
+    with pytest.raises(UnavailableError, match="engine has failed"):
+        job.future.result(30)
+    engine.close(3600)
+    assert (engine.state, engine.failure, told.is_set()) == (EngineState.STOPPED, None, False)
+    gated.gate.set()
 
 
 def test_close_gives_up_after_its_time(gated: Any) -> None:
@@ -435,7 +585,7 @@ def test_one_engine_a_visible_device(
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("service.devices.num_cpus", lambda: 16)
     assert share_cores(0, 0) == (4, 4)
     assert share_cores(0, 2) == (2, 1)
     assert share_cores(8, 0) == (8, 2)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from service import worker
 from service.batching import BatchKey, FairQueue, Job, Operation
+from service.launching import Outcome
 from service.metrics import Metrics
 from service.rates import Rates
-from service.runner import Outcome
 from service.worker import Worker
 
 ENCODE = BatchKey(Operation.ENCODE)
