@@ -6,6 +6,7 @@
     ├── ConfigError       a configuration that cannot be built
     ├── CheckpointError   a checkpoint that is missing, corrupt, foreign or of another version
     ├── ImageError        images of the wrong shape or dtype
+    │   └── PictureCostError   a file that would cost too much to decode
     ├── LatentError       latents of the wrong shape, dtype or value
     └── FusionError       a fusion implementation that cannot run here
 """
@@ -25,6 +26,10 @@ class CheckpointError(ModelError, ValueError):
 
 class ImageError(ModelError, ValueError):
     """Images that the tokenizer cannot take."""
+
+
+class PictureCostError(ImageError):
+    """An image file that would cost too much to decode."""
 
 
 class LatentError(ModelError, ValueError):

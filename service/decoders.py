@@ -3,61 +3,40 @@
 Images are decoded in processes of their own because threads would have to share the interpreter with the
 event loop, and because a decoder that crashes or hangs on a hostile file then takes nothing with it: it is
 started again, and the image that it was at is tried once more.
+
+Requests take turns, an image each, and what a request no longer needs is withdrawn. A decoder cannot be
+interrupted: large images are kept from one of the decoders, and one is ended where nobody waits any more.
 """
 
 import asyncio
-import json
 import logging
 import math
-import mmap
-import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+import signal
+from collections import OrderedDict
+from collections.abc import Coroutine, Sequence
 
-import torch
 from torch import Tensor
 
-from service import errors
-from service.decoder import ARENA_BYTES, NUM_SLOTS, REPLY, SLOT_BYTES, request_head
+from service.decoder import CPU_SIGNAL
+from service.decoder_link import DecoderLink, ImageRequest, Job
 from service.decoding import ImageRules
-from service.errors import InternalError, MalformedError, ServiceError, UnavailableError
+from service.errors import MalformedError, TooLargeError, UnavailableError
 from service.metrics import Metrics
 from service.payloads import ImagePart
+from service.pixel_room import PixelLimits, PixelRoom
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
-"""How many decoders an image may bring down: some that it is given may have been ended by something else."""
+MAX_ATTEMPTS = 2
+"""Attempts per image. A decoder can die for unrelated reasons, so the image is tried once more."""
 _MODULE = "service.decoder"
-_ROOT = Path(__file__).parent.parent
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
-_START_S = 30.0
-_END_S = 0.5  # how long a decoder may take to end by itself
-
-
-@dataclass(eq=False)
-class _Job:
-    """An image file on its way through a decoder.
-
-    Attributes:
-        attempts: decoders that ended while they had it first.
-        begun_s: when it became its decoder's first.
-    """
-
-    part: ImagePart
-    rules: ImageRules
-    future: "asyncio.Future[Tensor]"
-    attempts: int = 0
-    begun_s: float = 0.0
+_START_S = 5.0
+_MAX_FAILED_STARTS = 3  # in a row, after which nobody waits for a decoder
+_SLOW_S = 0.5  # of an image: its request is served like one of large images
+_CHECKS_PER_TIMEOUT = 4
+_MANY_PARTS = 4  # whose headers are read in a thread
 
 
 class Decoders:
@@ -65,75 +44,133 @@ class Decoders:
 
     Args:
         num_processes: how many.
-        timeout_s: how long one image may take, seconds, before its decoder is ended.
+        timeout_s: how long a decoder may make no progress, seconds, before it is replaced.
         metrics: where decoders that fail are counted.
+        limits: most pixels that are taken.
     """
 
-    def __init__(self, num_processes: int, timeout_s: float, metrics: Metrics) -> None:
+    def __init__(
+        self, num_processes: int, timeout_s: float, metrics: Metrics, limits: PixelLimits | None = None
+    ) -> None:
         self.num_processes = num_processes
         self._timeout_s = timeout_s
         self._metrics = metrics
-        self._decoders: list[_Decoder] = []
-        self._waiting: deque[_Job] = deque()
-        self._num_failures = 0  # since a decoder last answered
+        self._limits = limits or PixelLimits()
+        self._room = PixelRoom(self._limits, num_processes, metrics)
+        self._links: list[DecoderLink] = []
+        self._waiting: OrderedDict[ImageRequest, None] = OrderedDict()  # they take turns, the first is next
+        self._num_failed_starts = 0  # since a decoder last answered
         self._closed = False
-        self._all_ready = asyncio.Event()
+        self._begun = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a decoder is alive and answers."""
+        return any(link.responds for link in self._links)
+
     async def start(self) -> None:
-        """Start the processes and wait, within reason, until all are ready."""
+        """Start the processes and wait, within reason, until one is ready or has failed.
+
+        Those that cannot be started are tried again.
+        """
         self._keep(self._watch())
         for _ in range(self.num_processes):
             self._keep(self._add())
         try:
             async with asyncio.timeout(_START_S):
-                await self._all_ready.wait()
+                await self._begun.wait()
         except TimeoutError:
-            logger.error("not all decoders were ready after %g s", _START_S)
+            logger.warning("no decoder was ready after %g s", _START_S)
 
-    async def decode(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[Tensor]:
+    async def decode(
+        self, parts: Sequence[ImagePart], rules: ImageRules, deadline_s: float = math.inf
+    ) -> list[Tensor]:
         """Image files to tensors, each [3, S, S] uint8, a view of interleaved pixels.
 
-        Files whose decoding has not begun when this is cancelled never are decoded.
+        When this ends, well, with an error or cancelled, no decoder begins any of its images any more.
+
+        Args:
+            parts: the files.
+            rules: limits, size and fit.
+            deadline_s: when they must be decoded, on the clock of `time.monotonic`.
 
         Raises:
+            QueueFullError: no room for so many pixels.
+            UnavailableError: no decoder can be had, or none came to an end with an image.
             ServiceError: one cannot be read; the sentence names it.
         """
+        pixels = await self._judge(parts, rules)
         if self._closed:
             raise UnavailableError("The service is draining and takes no new work.")
-        loop = asyncio.get_running_loop()
-        jobs = [_Job(part, rules, loop.create_future()) for part in parts]
-        self._waiting += jobs
-        self._assign()
-        try:
-            return [await job.future for job in jobs]
-        finally:
-            for job in jobs:
-                if not job.future.cancel() and not job.future.cancelled():
-                    job.future.exception()  # of several bad images the first is told
+        if self._has_given_up():
+            raise self.unavailable()
+        with self._room.reserve(sum(pixels), deadline_s):
+            loop, request = asyncio.get_running_loop(), ImageRequest()
+            jobs = [
+                Job(request, part, rules, count, loop.create_future())
+                for part, count in zip(parts, pixels, strict=True)
+            ]
+            request.waiting.extend(jobs)
+            self._waiting[request] = None
+            self._assign()
+            try:
+                return await asyncio.gather(*(job.future for job in jobs))
+            finally:
+                self._withdraw(request, jobs)
+
+    def unavailable(self) -> UnavailableError:
+        """Why no image is decoded now."""
+        return self._unavailable("No decoder of images is running; the service's log says why.")
 
     async def close(self) -> None:
         """End the processes; whatever still waits for one fails."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
-        jobs = [*self._waiting, *(job for decoder in self._decoders for job in decoder.jobs)]
-        for job in jobs:
-            _settle(job, UnavailableError("The service stopped before this was done."))
-        await asyncio.gather(*(asyncio.to_thread(decoder.end) for decoder in self._decoders))
+        error = UnavailableError("The service stopped before this was done.")
+        self._fail_waiting(error)
+        for link in self._links:
+            for job in link.jobs:
+                job.fail(error)
+        await asyncio.gather(*(asyncio.to_thread(link.end) for link in self._links))
+
+    async def _judge(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[int]:
+        if len(parts) > _MANY_PARTS:
+            return await asyncio.to_thread(self._room.judge, parts, rules)
+        return self._room.judge(parts, rules)
+
+    def _unavailable(self, detail: str) -> UnavailableError:
+        return UnavailableError(detail, {"Retry-After": str(self._limits.retry_after_s)})
 
     async def _add(self, pause_s: float = 0.0) -> None:
         """Start a process after a pause; one that cannot be started is tried again."""
         await asyncio.sleep(pause_s)
+        self._assign()
         try:
-            decoder = _Decoder(self._answered, self._lost)
+            link = DecoderLink(_MODULE, self._answered, self._lost)
         except OSError as exc:
-            logger.error("no decoder could be started: %s", exc)
-            self._num_failures += 1
-            self._keep(self._add(self._pause_s()))
+            self._start_failed(f"no decoder could be started: {exc}")
             return
-        self._decoders.append(decoder)
-        await decoder.connect()
+        self._links.append(link)
+        await link.connect()
+
+    def _start_failed(self, reason: str) -> None:
+        self._num_failed_starts += 1
+        self._begun.set()
+        pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self._num_failed_starts, 10), _LONGEST_PAUSE_S)
+        logger.error("%s; the next attempt is in %.3g s", reason, pause_s)
+        if self._has_given_up():
+            self._fail_waiting(self.unavailable())
+        self._keep(self._add(pause_s))
+
+    def _has_given_up(self) -> bool:
+        return self._num_failed_starts >= _MAX_FAILED_STARTS and not any(link.ready for link in self._links)
+
+    def _fail_waiting(self, error: UnavailableError) -> None:
+        for request in self._waiting:
+            for job in list(request.waiting):
+                job.fail(error)
 
     def _keep(self, coroutine: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -141,191 +178,96 @@ class Decoders:
         task.add_done_callback(self._tasks.discard)
 
     def _assign(self) -> None:
-        """Give waiting jobs to the decoders that have least to do."""
-        while self._waiting:
-            usable = [decoder for decoder in self._decoders if decoder.free_slots]
-            if not usable:
-                return
-            job = self._waiting.popleft()
-            if not job.future.done():
-                min(usable, key=lambda decoder: len(decoder.jobs)).send(job)
+        """Give the decoders what they have room for, one image of each request in turn."""
+        while any(link.has_room for link in self._links) and self._assign_next():
+            pass
 
-    def _answered(self) -> None:
-        self._num_failures = 0
-        if sum(decoder.ready for decoder in self._decoders) == self.num_processes:
-            self._all_ready.set()
+    def _assign_next(self) -> bool:
+        """Give an image of the first request that has a fitting one to a decoder; whether there was one."""
+        for request in list(self._waiting):
+            if not request.waiting:
+                del self._waiting[request]
+            elif link := self._link_for(request.waiting[0]):
+                self._waiting.move_to_end(request)
+                link.send(request.waiting.popleft())
+                return True
+        return False
+
+    def _link_for(self, job: Job) -> DecoderLink | None:
+        """The decoder with least to do that takes this; of several, one is kept from large images."""
+        if job.is_large:
+            num_busy = sum(any(other.is_large for other in link.jobs) for link in self._links)
+            if num_busy >= max(1, sum(link.ready for link in self._links) - 1):
+                return None
+        usable = [link for link in self._links if link.takes(job)]
+        return min(usable, key=lambda link: len(link.jobs), default=None)
+
+    def _withdraw(self, request: ImageRequest, jobs: Sequence[Job]) -> None:
+        """A request has ended: nothing of it is begun any more, and no decoder goes on with a large image."""
+        self._waiting.pop(request, None)
+        request.waiting.clear()
+        for job in jobs:
+            job.future.cancel()
+        for link in self._links:
+            if link.jobs and link.jobs[0].is_large and link.jobs[0].future.cancelled():
+                link.discarded = True
+                link.kill()
+
+    def _answered(self, jobs: list[Job]) -> None:
+        self._num_failed_starts = 0
+        self._begun.set()
+        for job in jobs:
+            self._room.record(job.num_pixels, job.duration_s)
+            job.request.is_slow |= job.duration_s > _SLOW_S
         self._assign()
 
-    def _lost(self, decoder: "_Decoder") -> None:
+    def _lost(self, link: DecoderLink) -> None:
         """A decoder has ended: start another, and try again what it had."""
         if self._closed:
             return
-        self._decoders.remove(decoder)
-        for other in self._decoders:
+        self._links.remove(link)
+        for other in self._links:
             other.check_alive()
-        status = decoder.kill()
-        self._metrics.decoder_failures.inc()
-        logger.error("a decoder ended with status %s and is started again", status)
-        if decoder.jobs:
-            first = decoder.jobs[0]
-            first.attempts += 1
-            if first.attempts >= MAX_ATTEMPTS:
-                name = first.part.name
-                _settle(first, MalformedError(f"{name} brought its decoder down, and is taken for damaged"))
-        self._waiting.extendleft(job for job in reversed(decoder.jobs) if not job.future.done())
-        self._num_failures += 1
-        self._keep(self._add(self._pause_s()))
-        self._assign()
+        status = link.status()
+        if not link.discarded:
+            self._metrics.decoder_failures.inc()
+        if not link.ready:
+            self._start_failed(f"a decoder ended with status {status} before it was ready")
+            return
+        if not link.discarded:
+            logger.error("a decoder ended with status %s and is started again", status)
+            if link.jobs:
+                self._blame(link.jobs[0], status)
+        for job in reversed(link.jobs):
+            if not job.future.done():
+                self._put_back(job)
+        # The pause comes before the next attempt: others that were ended together with it are known by then.
+        self._keep(self._add(_FIRST_PAUSE_S))
 
-    def _pause_s(self) -> float:
-        """Before a decoder is started again: longer where they fail one after the other."""
-        return min(_FIRST_PAUSE_S * 2.0 ** min(self._num_failures, 10), _LONGEST_PAUSE_S)
+    def _blame(self, job: Job, status: int) -> None:
+        """Judge the image that a decoder ended with: by its CPU time, by its own crash, or not at all."""
+        job.attempts += 1
+        name = job.part.name
+        if status == -CPU_SIGNAL:
+            job.fail(TooLargeError(f"{name} takes more time to decode than a picture of its size may take"))
+        elif job.attempts < MAX_ATTEMPTS:
+            return
+        elif status == -signal.SIGKILL:  # by the system, or by us: it was stopped, or starved
+            job.fail(self._unavailable(f"{name} could not be decoded: the decoders that had it were ended"))
+        else:
+            job.fail(MalformedError(f"{name} brought its decoder down, and is taken for damaged"))
+
+    def _put_back(self, job: Job) -> None:
+        """Let a job be the next."""
+        job.request.waiting.appendleft(job)
+        self._waiting[job.request] = None
+        self._waiting.move_to_end(job.request, last=False)
 
     async def _watch(self) -> None:
-        """End decoders that are at one image for too long; what they had is then tried again or fails."""
+        """Replace decoders that make no progress; what they had is then tried again or fails."""
         while True:
-            await asyncio.sleep(self._timeout_s / 4)
-            limit_s = time.monotonic() - self._timeout_s
-            for decoder in list(self._decoders):
-                if decoder.jobs and decoder.jobs[0].begun_s < limit_s:
-                    logger.error("a decoder has been at one image for over %g s", self._timeout_s)
-                    decoder.jobs[0].attempts = MAX_ATTEMPTS
-                    decoder.kill()
-
-
-class _Decoder(asyncio.Protocol):
-    """One process: what was sent to it and not answered yet, its socket, and the memory its pixels come in.
-
-    Args:
-        on_answer: called after replies, the first of which only says that it is ready.
-        on_lost: called with this once the process has closed its socket.
-
-    Raises:
-        OSError: the process cannot be started.
-    """
-
-    def __init__(self, on_answer: Callable[[], None], on_lost: Callable[["_Decoder"], None]) -> None:
-        self.jobs: deque[_Job] = deque()
-        self.ready = False
-        self.free_slots: list[int] = []  # none before it is ready
-        self._slots: deque[int] = deque()
-        self._on_answer = on_answer
-        self._on_lost = on_lost
-        self._replies = bytearray()
-        self._transport: asyncio.Transport | None = None
-        self._socket, theirs = socket.socketpair()
-        self._socket.setblocking(False)
-        with theirs:
-            arena_fd = _arena()
-            try:
-                self._arena = mmap.mmap(arena_fd, ARENA_BYTES)
-                self._process = _spawn(theirs.fileno(), arena_fd)
-            except OSError:
-                self._socket.close()
-                raise
-            finally:
-                os.close(arena_fd)
-
-    async def connect(self) -> None:
-        """Be usable from now on."""
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the class
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.free_slots = []
-        self._on_lost(self)
-
-    def send(self, job: _Job) -> None:
-        """Give it an image; there is a free slot."""
-        assert self._transport is not None
-        slot = self.free_slots.pop()
-        if not self.jobs:
-            job.begun_s = time.monotonic()
-        self.jobs.append(job)
-        self._slots.append(slot)
-        data, start = job.part.data, slot * SLOT_BYTES
-        fits = len(data) <= SLOT_BYTES
-        if fits:
-            self._arena[start : start + len(data)] = data
-        self._transport.write(request_head(slot, job.part.name, job.rules, len(data)))
-        if not fits:
-            self._transport.write(data)
-
-    def data_received(self, data: bytes) -> None:
-        self._replies += data
-        while len(self._replies) >= REPLY.size:
-            (num_bytes,) = REPLY.unpack_from(self._replies)
-            end = REPLY.size + num_bytes
-            if len(self._replies) < end:
-                return
-            self._take(bytes(self._replies[REPLY.size : end]))
-            del self._replies[:end]
-        self._on_answer()
-
-    def _take(self, reply: bytes) -> None:
-        """Settle the first job, or be ready."""
-        if not self.ready:
-            self.ready, self.free_slots = True, list(range(NUM_SLOTS))
-            return
-        job, slot = self.jobs.popleft(), self._slots.popleft()
-        if reply:
-            fields = json.loads(reply)
-            kind = getattr(errors, fields["kind"], InternalError)
-            _settle(job, kind(fields["detail"]))
-        elif not job.future.done():
-            shape = (job.rules.side, job.rules.side, 3)
-            slots = torch.frombuffer(self._arena, dtype=torch.uint8).view(-1, SLOT_BYTES)
-            pixels = slots[slot, : math.prod(shape)].clone()  # the slot is the next image's
-            job.future.set_result(pixels.view(shape).permute(2, 0, 1))
-        self.free_slots.append(slot)
-        if self.jobs:
-            self.jobs[0].begun_s = time.monotonic()
-
-    def check_alive(self) -> None:
-        """Take no more work where the process has ended; its jobs come back once its socket tells so."""
-        if self._process.poll() is not None:
-            self.free_slots = []
-
-    def kill(self) -> int:
-        """End the process now; its status, which is its own where it had ended already."""
-        self._process.kill()
-        return self._process.wait()
-
-    def end(self) -> int:
-        """Close the connection and wait for the process, which has little time to end; its status."""
-        if self._transport is not None:
-            self._transport.abort()
-        try:
-            return self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-def _settle(job: _Job, error: ServiceError) -> None:
-    if not job.future.done():
-        job.future.set_exception(error)
-
-
-def _arena() -> int:
-    """File descriptor of memory for the pixels; pages that nobody writes take no room."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("drorae-decoder")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, ARENA_BYTES)
-    return descriptor
-
-
-def _spawn(socket_fd: int, arena_fd: int) -> "subprocess.Popen[bytes]":
-    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", _MODULE, str(socket_fd), str(arena_fd)],
-        env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
-        pass_fds=(socket_fd, arena_fd),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+            await asyncio.sleep(self._timeout_s / _CHECKS_PER_TIMEOUT)
+            for link in list(self._links):
+                if not link.check_progress():
+                    logger.error("a decoder made no progress for %g s and is replaced", self._timeout_s)
+                    link.kill()

@@ -6,15 +6,19 @@ fitted. Of animations the first frame is taken. What a file may cost is judged f
 any pixel is decoded.
 """
 
-import struct
 from dataclasses import dataclass
 
 from PIL import Image, ImageFile
 
 from model.errors import ImageError as ModelImageError
+from model.errors import PictureCostError
 from model.opening import READABLE_FORMATS, open_picture, sniff
+from model.picture_costs import Extent, check_parts, measure_picture
 from model.pictures import DECODER_ERRORS, Fit, fit_picture
 from service.errors import ImageError, MalformedError, TooLargeError
+
+UNKNOWN_PIXELS = 2**20
+"""Assumed of a file whose header does not tell its size; one that has more is refused."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +47,29 @@ def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Ima
     """
     kind = sniff(data)
     if not data:
-        raise MalformedError(f"{_capital(name)} is empty.")
+        raise MalformedError(f"{capital(name)} is empty.")
     if kind is None:
-        raise MalformedError(f"{_capital(name)} is not an image in a readable format ({READABLE_FORMATS}).")
-    if kind == "PNG" and len(data) >= 24:  # so that a header alone is judged, whatever follows it
-        width, height = struct.unpack(">II", data[16:24])
-        check_size(width, height, rules, name)
+        raise MalformedError(f"{capital(name)} is not an image in a readable format ({READABLE_FORMATS}).")
     try:
+        extent = measure_picture(data)
+        if extent is not None:  # so that a header alone is judged, whatever follows it
+            check_extent(extent, rules, name)
+        check_parts(data, rules.max_frames)
         with open_picture(data) as picture:
             check_size(*picture.size, rules, name)
-            _check_frames(picture.image, rules, name)
+            _check_opened(picture.image, extent, rules)
             rgb = picture.read()
     except Image.DecompressionBombError as exc:  # WebP and tiled TIFF: Pillow looks before we can
         raise TooLargeError(
-            f"{_capital(name)} declares more pixels than can be decoded: {_reason(exc)}."
+            f"{capital(name)} declares more pixels than can be decoded: {_reason(exc)}."
         ) from exc
+    except PictureCostError as exc:
+        raise TooLargeError(f"{capital(name)} {exc}.") from exc
     except ModelImageError as exc:
-        raise ImageError(f"{_capital(name)} {exc}.") from exc
+        raise ImageError(f"{capital(name)} {exc}.") from exc
     except DECODER_ERRORS as exc:
         raise MalformedError(
-            f"{_capital(name)} is a damaged or truncated {kind} file: {_reason(exc)}."
+            f"{capital(name)} is a damaged or truncated {kind} file: {_reason(exc)}."
         ) from exc
     return fit_picture(rgb, rules.side, rules.fit)
 
@@ -76,29 +83,51 @@ def check_size(width: int, height: int, rules: ImageRules, name: str) -> None:
         ImageError: too elongated.
     """
     if width < 1 or height < 1:
-        raise MalformedError(f"{_capital(name)} declares a size of {width}x{height} pixels.")
+        raise MalformedError(f"{capital(name)} declares a size of {width}x{height} pixels.")
     if width * height > rules.max_pixels:
         raise TooLargeError(
-            f"{_capital(name)} declares {width}x{height} = {width * height} pixels; "
+            f"{capital(name)} declares {width}x{height} = {width * height} pixels; "
             f"at most {rules.max_pixels} are accepted."
         )
     ratio = max(width, height) / min(width, height)
     if ratio > rules.max_aspect_ratio:
         raise ImageError(
-            f"{_capital(name)} is {width}x{height} pixels, sides in a ratio of {ratio:.0f}; "
+            f"{capital(name)} is {width}x{height} pixels, sides in a ratio of {ratio:.0f}; "
             f"at most {rules.max_aspect_ratio:g} is accepted."
         )
 
 
-def _check_frames(picture: ImageFile.ImageFile, rules: ImageRules, name: str) -> None:
-    """Of several frames only the first is decoded, but even listing many costs time."""
-    if getattr(picture, "is_animated", False) and getattr(picture, "n_frames", 1) > rules.max_frames:
+def check_extent(extent: Extent, rules: ImageRules, name: str) -> None:
+    """Judge an image by its header: its size, and the tiles that its decoder has to compute whole.
+
+    Raises:
+        ServiceError: as `check_size` does.
+    """
+    check_size(extent.width, extent.height, rules, name)
+    if extent.coded_pixels > rules.max_pixels:
         raise TooLargeError(
-            f"{_capital(name)} has more than {rules.max_frames} frames, the most that are accepted."
+            f"{capital(name)} has tiles of {extent.coded_pixels} pixels in total; "
+            f"at most {rules.max_pixels} are accepted."
         )
 
 
-def _capital(name: str) -> str:
+def _check_opened(picture: ImageFile.ImageFile, extent: Extent | None, rules: ImageRules) -> None:
+    """Hold what the decoder found to what the header said, by which the file was judged.
+
+    Raises:
+        OSError: it has more pixels.
+        PictureCostError: more frames than allowed; only the first is decoded, but listing many costs time.
+    """
+    expected = max(extent.coded_pixels if extent is not None else 0, UNKNOWN_PIXELS)
+    if picture.width * picture.height > expected:
+        raise OSError(f"it is {picture.width}x{picture.height} pixels, and its header says otherwise")
+    knows_frames = picture.format in ("PNG", "WEBP")  # those of others were counted
+    if knows_frames and getattr(picture, "n_frames", 1) > rules.max_frames:
+        raise PictureCostError(f"has more than {rules.max_frames} frames, the most that are accepted")
+
+
+def capital(name: str) -> str:
+    """An image's name at the beginning of a sentence."""
     return name[:1].upper() + name[1:]
 
 

@@ -36,7 +36,7 @@ class Metrics:
         )
         self.rejected_requests = self._counter(
             "rejected_requests",
-            "Requests refused for lack of room, by reason (items, bytes, deadline).",
+            "Requests refused for lack of room, by reason (items, bytes, pixels, deadline).",
             "reason",
         )
         self.rejected_connections = self._counter(
@@ -66,6 +66,9 @@ class Metrics:
     def _add_engine_metrics(self) -> None:
         self.pending_items = self._gauge("pending_items", "Items accepted and not yet answered.")
         self.pending_bytes = self._gauge("pending_bytes", "Bytes of request bodies held now.")
+        self.pending_pixels = self._gauge(
+            "pending_pixels", "Pixels of image files that wait for their decoding."
+        )
         self.queue_items = self._gauge("queue_items", "Items that wait for the model.")
         self.queue_seconds = self._histogram(
             "queue_seconds", "Seconds an item waited for a batch.", _SECONDS, "operation"

@@ -27,10 +27,11 @@ from service.bodies import BodyLimits, check_declared, media_type_of, read_body
 from service.context import RequestContext
 from service.decoders import Decoders
 from service.decoding import ImageRules
-from service.engine import Engine
+from service.engine import Engine, EngineState
 from service.errors import DeadlineError, DisconnectError, UnavailableError
 from service.metrics import Metrics
 from service.payloads import ImagePart, Payload
+from service.pixel_room import PixelLimits
 from service.settings import Settings
 
 Parameters = ParamSpec("Parameters")
@@ -50,7 +51,9 @@ class Pipeline:
         self.admission = Admission(settings, engine, metrics)
         cores = num_cpus()
         num_decoders = settings.num_decoders or min(cores, MAX_DECODERS)
-        self.decoders = Decoders(num_decoders, settings.hang_timeout_s, metrics)
+        limits = PixelLimits(settings.max_request_pixels, settings.queue_limit_pixels, settings.retry_after_s)
+        self.decoders = Decoders(num_decoders, settings.hang_timeout_s, metrics, limits)
+        metrics.ready.set_function(self.is_ready)
         self._io_threads = ThreadPoolExecutor(
             settings.num_io_threads or cores,
             thread_name_prefix="drorae-io",
@@ -74,6 +77,20 @@ class Pipeline:
         finally:
             if not work.done():
                 place.keep_until_done(work)
+
+    def is_ready(self) -> bool:
+        """Whether every kind of work is taken now."""
+        return self.engine.state is EngineState.READY and self.decoders.is_ready
+
+    def check_ready(self) -> None:
+        """Refuse to be called ready.
+
+        Raises:
+            UnavailableError: the engine is not ready, or no decoder answers.
+        """
+        self.engine.check_ready()
+        if not self.decoders.is_ready:
+            raise self.decoders.unavailable()
 
     def ready_tokenizer(self) -> Tokenizer:
         """The tokenizer, if work is taken now.
@@ -196,7 +213,7 @@ class Call:
         pixel_bytes = len(parts) * 3 * rules.side**2
         self._place.hold_bytes(sum(len(part.data) for part in parts) + pixel_bytes)
         with self._timed("decode", self._pipeline.metrics.body_decode_seconds):
-            return await self._pipeline.decoders.decode(parts, rules)
+            return await self._pipeline.decoders.decode(parts, rules, self._context.deadline_s)
 
     async def compute(self, key: BatchKey, inputs: Sequence[Tensor], media_type: str) -> Tensor:
         """Put inputs through the engine; [N, ...] float32 comes back, in order.

@@ -12,7 +12,7 @@ from service import openapi
 from service.answers import Origin, latent_dtype, latents_answer, offered_pictures, pictures_answer
 from service.batching import BatchKey, Operation
 from service.decoding import ImageRules
-from service.engine import EngineState, dtype_name
+from service.engine import dtype_name
 from service.errors import OptionError
 from service.metrics import METRICS_MEDIA_TYPE
 from service.negotiation import JSON, LATENT_MEDIA_TYPES, RAW, choose
@@ -158,10 +158,8 @@ async def livez() -> Response:
 
 @router.get("/readyz", **openapi.READYZ)
 async def readyz(request: Request) -> Response:
-    """Answer 200 once the model is loaded and warm, 503 before and while draining."""
-    pipeline = _pipeline(request)
-    if pipeline.engine.state is not EngineState.READY:
-        raise pipeline.engine.unavailable()
+    """Answer 200 once the model is warm and images can be decoded, 503 before and while draining."""
+    _pipeline(request).check_ready()
     return Response(Health(status="ready").model_dump_json(), media_type=JSON)
 
 

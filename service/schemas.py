@@ -187,6 +187,7 @@ class Limits(_Document):
 
     max_body_bytes: int
     max_image_pixels: int
+    max_request_pixels: int
     max_aspect_ratio: float
     max_frames: int
     max_items_per_request: int

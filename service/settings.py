@@ -136,6 +136,12 @@ class Settings(BaseSettings):
         le=10**9,
         description="Largest image, pixels, judged from its header before decoding; larger ones get 413.",
     )
+    max_request_pixels: int = Field(
+        256_000_000,
+        ge=1,
+        le=10**11,
+        description="Most pixels of all image files of a request, judged as those of one; more get 413.",
+    )
     max_aspect_ratio: float = Field(
         20.0,
         ge=1,
@@ -163,6 +169,12 @@ class Settings(BaseSettings):
         ge=1024,
         le=2**40,
         description="Most bytes of request bodies held at once; beyond it requests get 429.",
+    )
+    queue_limit_pixels: int = Field(
+        2_000_000_000,
+        ge=1,
+        le=10**12,
+        description="Most pixels of image files that wait for their decoding; beyond it requests get 429.",
     )
     request_timeout_s: float = Field(
         60.0,
@@ -194,8 +206,8 @@ class Settings(BaseSettings):
         7.0,
         gt=0,
         le=3600,
-        description="How long one batch, or one image's decoding, may take, seconds. After it the "
-        "engine counts as hung, and the service answers 503 and exits with status 3; a decoder is replaced. "
+        description="How long one batch may take, seconds. After it the engine counts as hung, and the "
+        "service answers 503 and exits with status 3. A decoder without progress for so long is replaced. "
         "Batch sizes that take more than half of it when the service starts are left out.",
     )
     start_timeout_s: float = Field(
@@ -280,6 +292,16 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_body_bytes={self.max_body_bytes} exceeds queue_limit_bytes={self.queue_limit_bytes}: "
                 "such a request could never be accepted"
+            )
+        if self.max_image_pixels > self.max_request_pixels:
+            raise ValueError(
+                f"max_image_pixels={self.max_image_pixels} exceeds "
+                f"max_request_pixels={self.max_request_pixels}: such an image could never be accepted"
+            )
+        if self.max_request_pixels > self.queue_limit_pixels:
+            raise ValueError(
+                f"max_request_pixels={self.max_request_pixels} exceeds "
+                f"queue_limit_pixels={self.queue_limit_pixels}: such a request could never be accepted"
             )
         if self.request_timeout_s > self.max_request_timeout_s:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
             engine = app.state.pipeline.engine
             if wait_ready:
                 assert engine.wait_until_settled(30)
+                while engine.failure is None and client.get("/readyz").status_code != 200:
+                    time.sleep(0.02)  # for the decoders
                 assert client.get("/readyz").status_code == 200, engine.failure
                 getattr(engine.tokenizer, "arm", lambda: None)()
             yield RunningServer(url, client, app)

@@ -22,10 +22,11 @@ from service.app import create_app
 from service.decoder import NUM_SLOTS, SLOT_BYTES
 from service.decoders import Decoders
 from service.decoding import ImageRules
-from service.errors import MalformedError, ServiceError, TooLargeError, UnavailableError
+from service.errors import MalformedError, QueueFullError, ServiceError, TooLargeError, UnavailableError
 from service.images import read_image
 from service.metrics import Metrics
 from service.payloads import ImagePart
+from service.pixel_room import LARGE_PIXELS, PixelLimits
 from service.settings import Settings
 
 Test = Callable[[Decoders, Metrics], Awaitable[None]]
@@ -40,8 +41,15 @@ def faulty(data, rules, name):
         os._exit(11)
     if b"hang" in data:
         time.sleep(60)
+    if b"killed" in data:
+        os.kill(os.getpid(), 9)
     if b"slow" in data:
         time.sleep(0.3)
+    if b"spin" in data:
+        while True:
+            pass
+    if b"hoard" in data:
+        bytearray(2**30)
     return decode(data, rules, name)
 decoder.decode_image = faulty
 sys.exit(decoder.main())
@@ -59,13 +67,20 @@ def parts(*files: bytes) -> list[ImagePart]:
     return [ImagePart(f"image {index}", file) for index, file in enumerate(files)]
 
 
-def run(test: Test, processes: int = 2, timeout_s: float = 30) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition; the test's own limit ends the wait."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def run(test: Test, processes: int = 2, timeout_s: float = 30, limits: PixelLimits | None = None) -> None:
     """Run a test with a pool, on the service's own kind of loop."""
 
     @asynccontextmanager
     async def pool(metrics: Metrics) -> AsyncIterator[Decoders]:
-        decoders = Decoders(processes, timeout_s, metrics)
+        decoders = Decoders(processes, timeout_s, metrics, limits)
         await decoders.start()
+        await until(lambda: all(link.ready for link in decoders._links) and bool(decoders._links))
         try:
             yield decoders
         finally:
@@ -93,7 +108,7 @@ def num_failures(metrics: Metrics) -> float:
 
 
 def pids(decoders: Decoders) -> list[int]:
-    return [decoder._process.pid for decoder in decoders._decoders]
+    return [link.pid for link in decoders._links]
 
 
 def test_pixels_are_those_of_this_process() -> None:
@@ -145,24 +160,61 @@ def test_a_crash_costs_the_guilty_image_alone() -> None:
             await decoders.decode([ImagePart("the image", png((1, 2, 3), b"crash"))], RULES)
         for index, (pixels,) in enumerate(await asyncio.gather(*innocent)):
             assert pixels[:, 0, 0].tolist() == [9, 9, index]
-        assert num_failures(metrics) == 3  # it was tried so often
+        assert num_failures(metrics) == 2  # it was tried so often
 
     run(test, processes=1)
 
 
 @pytest.mark.usefixtures("faulty")
-def test_a_hang_is_ended() -> None:
+@pytest.mark.parametrize("fault", [b"hang", b"killed"])
+def test_a_decoder_that_does_nothing_or_was_killed_proves_nothing(fault: bytes) -> None:
     async def test(decoders: Decoders, metrics: Metrics) -> None:
-        begun_s = time.monotonic()
-        hanging = asyncio.ensure_future(decoders.decode(parts(png((1, 2, 3), b"hang")), RULES))
+        hanging = asyncio.ensure_future(decoders.decode(parts(png((1, 2, 3), fault)), RULES))
         waiting = asyncio.ensure_future(decoders.decode(parts(png((4, 5, 6))), RULES))
-        with pytest.raises(MalformedError):
+        with pytest.raises(UnavailableError) as caught:
             await hanging
-        assert time.monotonic() - begun_s < 10
+        assert int(caught.value.headers["Retry-After"]) >= 1
         assert (await waiting)[0][:, 0, 0].tolist() == [4, 5, 6]
-        assert num_failures(metrics) == 1
+        assert num_failures(metrics) == 2
 
-    run(test, processes=1, timeout_s=1.0)
+    run(test, processes=1, timeout_s=0.8)
+
+
+@pytest.mark.usefixtures("faulty")
+@pytest.mark.parametrize(("fault", "words"), [(b"spin", "more time"), (b"hoard", "more memory")])
+def test_cost_that_the_header_hides_is_ended_by_the_decoders_own_limits(fault: bytes, words: str) -> None:
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        costly = asyncio.ensure_future(decoders.decode(parts(png((1, 2, 3), fault)), RULES))
+        honest = asyncio.ensure_future(decoders.decode(parts(png((4, 5, 6))), RULES))
+        with pytest.raises(TooLargeError, match=words):
+            await costly
+        assert (await honest)[0][:, 0, 0].tolist() == [4, 5, 6]
+        assert len(await decoders.decode(parts(png((1, 1, 1))), RULES)) == 1
+
+    run(test, processes=1)
+
+
+def test_a_stopped_decoder_costs_no_image() -> None:
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        for pid in pids(decoders):
+            os.kill(pid, signal.SIGSTOP)
+        (pixels,) = await decoders.decode(parts(png((1, 2, 3))), RULES)
+        assert pixels[:, 0, 0].tolist() == [1, 2, 3]
+        assert decoders.is_ready
+
+    run(test, timeout_s=0.8)
+
+
+def test_idle_decoders_that_are_stopped_are_found_and_replaced() -> None:
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        stopped = set(pids(decoders))
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        await until(lambda: not decoders.is_ready)
+        await until(lambda: decoders.is_ready and not stopped & set(pids(decoders)))
+        assert num_failures(metrics) == 2
+
+    run(test, timeout_s=0.8)
 
 
 @pytest.mark.usefixtures("faulty")
@@ -179,16 +231,161 @@ def test_an_image_whose_decoder_was_killed_is_tried_again() -> None:
     run(test)
 
 
+def large(side: int = 4001) -> bytes:
+    """A file of under 100 bytes that takes a decoder long; one of this size counts as large."""
+    assert side**2 > LARGE_PIXELS
+    buffer = io.BytesIO()
+    Image.new("L", (side, side)).save(buffer, "WEBP", lossless=True, method=0)
+    return buffer.getvalue()
+
+
+LARGE_RULES = ImageRules(side=64, max_pixels=50_000_000, max_aspect_ratio=20)
+
+
+def test_requests_take_turns_and_large_images_leave_a_decoder_to_others() -> None:
+    ended: list[str] = []
+
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        async def decode(name: str, *files: bytes) -> None:
+            await decoders.decode(parts(*files), LARGE_RULES)
+            ended.append(name)
+
+        greedy = asyncio.ensure_future(decode("greedy", *[large()] * 2))
+        await asyncio.sleep(0)
+        assert sum(bool(link.jobs) for link in decoders._links) == 1
+        await asyncio.gather(*(decode(f"photo {index}", png((1, 1, index))) for index in range(8)))
+        await greedy
+        assert ended[-1] == "greedy"
+
+    run(test)
+
+
+@pytest.mark.usefixtures("faulty")
+def test_one_request_of_many_images_does_not_keep_the_next_waiting() -> None:
+    """One decoder, which has some of the first request's images when the second comes."""
+    ended: list[str] = []
+
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        async def decode(name: str, *files: bytes) -> None:
+            await decoders.decode(parts(*files), RULES)
+            ended.append(name)
+
+        many = asyncio.ensure_future(decode("many", *[png((1, 2, 3), b"slow")] * (NUM_SLOTS + 4)))
+        await asyncio.sleep(0)
+        await decode("one", png((1, 2, 3)))
+        await many
+        assert ended == ["one", "many"]
+
+    run(test, processes=1)
+
+
+def test_a_request_that_ends_gives_its_decoder_back() -> None:
+    """Its client went away, or another of its images was bad: none is begun, and the large one is ended."""
+
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        before = pids(decoders)
+        going = asyncio.ensure_future(decoders.decode(parts(*[large(7000)] * 4), LARGE_RULES))
+        await until(lambda: any(link.jobs for link in decoders._links))
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        assert not decoders._waiting
+        assert metrics.registry.get_sample_value("drorae_pending_pixels") == 0
+        assert len(await decoders.decode(parts(png((1, 1, 1))), RULES)) == 1
+        assert before != pids(decoders)
+        with pytest.raises(MalformedError):
+            await decoders.decode(parts(large(7000), b"GIF89a" + bytes(100), large(7000)), LARGE_RULES)
+        assert not decoders._waiting
+        assert num_failures(metrics) == 0
+
+    run(test, processes=2)
+
+
+def test_bytes_of_requests_that_ended_are_not_kept() -> None:
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        for pid in pids(decoders):
+            os.kill(pid, signal.SIGSTOP)
+        for _ in range(20):
+            task = asyncio.ensure_future(decoders.decode(parts(png((1, 1, 1))), RULES))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert not decoders._waiting
+        assert sum(len(link.jobs) for link in decoders._links) <= NUM_SLOTS
+
+    run(test, processes=1)
+
+
+def test_pixels_are_admitted() -> None:
+    limits = PixelLimits(max_request_pixels=40_000_000, queue_limit_pixels=60_000_000, retry_after_s=3)
+
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        with pytest.raises(TooLargeError, match="in total"):
+            await decoders.decode(parts(*[large()] * 3), LARGE_RULES)
+        first = asyncio.ensure_future(decoders.decode(parts(large(), large()), LARGE_RULES))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError) as caught:
+            await decoders.decode(parts(large(), large()), LARGE_RULES)
+        assert int(caught.value.headers["Retry-After"]) >= 3
+        with pytest.raises(QueueFullError, match="deadline"):
+            await decoders.decode(parts(large()), LARGE_RULES, deadline_s=time.monotonic() + 0.01)
+        assert len(await decoders.decode(parts(png((1, 1, 1))), RULES)) == 1
+        assert len(await first) == 2
+        assert len(await decoders.decode(parts(large()), LARGE_RULES)) == 1
+
+    run(test, limits=limits)
+
+
+def test_headers_are_judged_before_any_decoder_has_the_files() -> None:
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        for pid in pids(decoders):
+            os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(TooLargeError, match="Image 1"):
+            await decoders.decode(parts(png((1, 1, 1)), large()), RULES)
+        for pid in pids(decoders):
+            os.kill(pid, signal.SIGCONT)
+
+    run(test)
+
+
+def test_decoders_that_cannot_start_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_MODULE", "service.no_such_module")
+
+    async def main() -> None:
+        decoders = Decoders(1, 30, Metrics())
+        await decoders.start()
+        try:
+            async with asyncio.timeout(60):
+                with pytest.raises(
+                    UnavailableError
+                ) as caught:  # it waits for a decoder until there is no hope
+                    await decoders.decode(parts(png((1, 1, 1))), RULES)
+                assert "Retry-After" in caught.value.headers
+                with pytest.raises(UnavailableError):
+                    await decoders.decode(parts(png((1, 1, 1))), RULES)
+            assert not decoders.is_ready
+        finally:
+            await decoders.close()
+
+    asyncio.run(main())
+    assert "before it was ready" in caplog.text
+
+
 @pytest.mark.usefixtures("faulty")
 def test_what_nobody_waits_for_is_not_decoded() -> None:
     async def test(decoders: Decoders, metrics: Metrics) -> None:
-        slow = asyncio.ensure_future(decoders.decode(parts(*[png((1, 2, 3), b"slow")] * NUM_SLOTS), RULES))
+        slow = [
+            asyncio.ensure_future(decoders.decode(parts(png((1, 2, 3), b"slow")), RULES))
+            for _ in range(NUM_SLOTS)
+        ]
         crash = asyncio.ensure_future(decoders.decode(parts(png((1, 2, 3), b"crash")), RULES))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)
         crash.cancel()
         with pytest.raises(asyncio.CancelledError):
             await crash
-        assert len(await slow) == NUM_SLOTS
+        assert len(await asyncio.gather(*slow)) == NUM_SLOTS
         assert num_failures(metrics) == 0
 
     run(test, processes=1)
@@ -209,7 +406,7 @@ def test_signals_to_the_whole_group_leave_the_decoders_to_the_drain() -> None:
 def test_closing_answers_who_waits_and_ends_the_processes() -> None:
     async def test(decoders: Decoders, _: Metrics) -> None:
         await decoders.decode(parts(png((1, 1, 1))), RULES)
-        processes = [decoder._process for decoder in decoders._decoders]
+        processes = [link._process for link in decoders._links]
         waiting = asyncio.ensure_future(decoders.decode(parts(*[png((1, 1, 1))] * 200), RULES))
         await asyncio.sleep(0)
         await decoders.close()
@@ -230,7 +427,8 @@ def test_decoders_need_no_torch_and_end_with_their_service(tmp_path: Path) -> No
         "from service.metrics import Metrics\n"
         "async def main():\n"
         "    pool = Decoders(1, 30, Metrics()); await pool.start()\n"
-        "    print(pool._decoders[0]._process.pid, flush=True); await asyncio.sleep(60)\n"
+        "    while not pool.is_ready: await asyncio.sleep(0.01)\n"
+        "    print(pool._links[0].pid, flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
