@@ -13,6 +13,8 @@ from itertools import islice
 
 from model.errors import PictureCostError
 
+MAX_FRAMES = 1000
+"""Frames of an animation or pages of a TIFF file, of which the first is taken."""
 MAX_SCANS = 100
 """Scans of a JPEG file. Encoders write about ten; each one costs a pass over the whole picture."""
 _MAX_SEGMENTS = 4096  # of a JPEG file: 64 MiB of metadata are 1024
@@ -54,7 +56,7 @@ def measure_picture(data: bytes) -> Extent | None:
     return None
 
 
-def check_parts(data: bytes, max_frames: int, max_scans: int = MAX_SCANS) -> None:
+def check_parts(data: bytes, max_frames: int = MAX_FRAMES, max_scans: int = MAX_SCANS) -> None:
     """Count the frames of a GIF or TIFF file and the scans of a JPEG file.
 
     Raises:

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from model.errors import ImageError as ModelImageError
 from model.errors import PictureCostError
 from model.opening import READABLE_FORMATS, open_picture, sniff
-from model.picture_costs import Extent, check_parts, measure_picture
+from model.picture_costs import MAX_FRAMES, Extent, check_parts, measure_picture
 from model.pictures import DECODER_ERRORS, Fit, fit_picture
 from service.errors import ImageError, MalformedError, TooLargeError
 
@@ -29,7 +29,7 @@ class ImageRules:
     max_pixels: int
     max_aspect_ratio: float
     fit: Fit = "crop"
-    max_frames: int = 1000
+    max_frames: int = MAX_FRAMES
 
 
 def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Image.Image:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.errors import ImageError
 from model.opening import open_picture
+from model.picture_costs import check_parts, measure_picture
 from model.pictures import DECODER_ERRORS, fit_picture, fitted_size
 from model.pixels import to_byte_tensor
 from training.distributed import Ranks
@@ -69,6 +70,10 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks about metadata say nothing of the pixels
+            extent = measure_picture(data)
+            if extent is not None and extent.coded_pixels > MAX_PIXELS:
+                raise DataError(f"{extent.coded_pixels} pixels to decode exceed the limit of {MAX_PIXELS}")
+            check_parts(data)
             with open_picture(data) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:

@@ -292,7 +292,7 @@ def test_a_request_that_ends_gives_its_decoder_back() -> None:
         assert not decoders._waiting
         assert metrics.registry.get_sample_value("drorae_pending_pixels") == 0
         assert len(await decoders.decode(parts(png((1, 1, 1))), RULES)) == 1
-        assert before != pids(decoders)
+        await until(lambda: len(pids(decoders)) == 2 and before != pids(decoders))
         with pytest.raises(MalformedError):
             await decoders.decode(parts(large(7000), b"GIF89a" + bytes(100), large(7000)), LARGE_RULES)
         assert not decoders._waiting
