@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from python_multipart.multipart import parse_options_header
 
 from service.errors import MalformedError, OptionError, TooLargeError
-from service.slices import find
+from service.slices import copied, find
 
 MULTIPART = "multipart/form-data"
 PART_NAME = "images"
@@ -91,7 +91,7 @@ def _content(body: bytes, start: int, end: int) -> bytes:
     if name != PART_NAME.encode():
         shown = name.decode("utf-8", "replace")[:100]
         raise OptionError(f"Unknown multipart field {shown!r}: images are sent as {PART_NAME!r}, repeated.")
-    return body[head_end + (4 if has_head else 2) : end]
+    return copied(body, head_end + (4 if has_head else 2), end)
 
 
 def _name(head: bytes) -> bytes | None:

@@ -4,9 +4,10 @@ A call into C keeps the interpreter until it returns, so that on long bytes ever
 too, would stand still. Between two short calls the others get in.
 """
 
+import io
 import sys
 
-_STEP_BYTES = 1 << 20  # searched in under 3 ms, whatever it holds
+_STEP_BYTES = 1 << 20  # searched in under 3 ms, whatever it holds; copied in 1 ms
 
 
 def find(data: bytes, needle: bytes, start: int, end: int = sys.maxsize) -> int:
@@ -17,3 +18,12 @@ def find(data: bytes, needle: bytes, start: int, end: int = sys.maxsize) -> int:
         if found >= 0:
             return found
     return -1
+
+
+def copied(data: bytes | memoryview, start: int = 0, end: int = sys.maxsize) -> bytes:
+    """``bytes(data[start:end])``; most of the time goes into fresh memory, which the kernel clears first."""
+    view = memoryview(data)[start:end]
+    copy = io.BytesIO()  # grows in place, and gives what it holds without a copy
+    for begin in range(0, len(view), _STEP_BYTES):
+        copy.write(view[begin : begin + _STEP_BYTES])
+    return copy.getvalue()

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.tokenizer import finite_items
 from service.errors import LatentsError, MalformedError, OptionError, UnprocessableError
 from service.json_documents import unique_names
+from service.slices import copied
 
 DTYPES: Mapping[str, torch.dtype] = {
     "uint8": torch.uint8,
@@ -124,7 +125,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[Tensor, dict[str, str]]:
             f"data_offsets [0, {expected}] and as many bytes; they are {_shown(offsets)}, and {num_bytes} "
             "bytes."
         )
-    return _from_bytes(memoryview(data)[offset:], dtype, shape), metadata
+    return _from_bytes(data, dtype, shape, offset), metadata
 
 
 def looks_like_safetensors(data: bytes) -> bool:
@@ -134,7 +135,7 @@ def looks_like_safetensors(data: bytes) -> bool:
 
 def write_raw(tensor: Tensor) -> bytes:
     """The numbers, little-endian, in C order."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return copied(tensor.contiguous().view(torch.uint8).numpy().data.cast("B"))
 
 
 def write_npy(tensor: Tensor) -> bytes:
@@ -177,11 +178,12 @@ def first_non_finite(batch: Tensor) -> int | None:
     return None if bool(finite.all()) else int((~finite).nonzero()[0])
 
 
-def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def _from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int], offset: int = 0) -> Tensor:
     """Little-endian numbers, as many as the shape has, to a tensor of its own memory."""
-    if len(data) == 0:
+    if len(data) == offset:
         return torch.empty(list(shape), dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(list(shape))
+    numbers = np.frombuffer(data, np.uint8, offset=offset).copy()  # without the interpreter's lock
+    return torch.from_numpy(numbers).view(dtype).reshape(list(shape))
 
 
 def _checked_shape(shape: object) -> list[int]:
