@@ -17,6 +17,7 @@ from benchmarks.serving.faults_checks import TABLE, Check, FaultRow, Options, to
 from benchmarks.serving.faults_inject import run_inject
 from benchmarks.serving.faults_schema import run_schemathesis
 from benchmarks.serving.faults_sigterm import run_sigterm
+from benchmarks.serving.faults_starts import run_starts
 from benchmarks.serving.photos import PhotoError
 from benchmarks.serving.soak import run_soak
 
@@ -29,6 +30,7 @@ Start the service, one for each scenario, and hurt it:
   schemathesis  what its OpenAPI allows and forbids, where schemathesis is installed
   cancel        500 connections that are closed while their requests wait for a busy device
   sigterm       SIGTERM under load, 20 times: nothing that was accepted is lost
+  starts        30 starts beside a busy loop on every CPU: all become ready
   inject        a hang, no memory, a poisoned batch, a dead engine
   soak          10 minutes of mixed traffic: nothing grows, nothing is left over
 
@@ -46,6 +48,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "schemathesis": run_schemathesis,
     "cancel": run_cancel,
     "sigterm": run_sigterm,
+    "starts": run_starts,
     "inject": run_inject,
     "soak": run_soak,
 }
