@@ -19,6 +19,7 @@ MAX_SCANS = 100
 """Scans of a JPEG file. Encoders write about ten; each one costs a pass over the whole picture."""
 _MAX_SEGMENTS = 4096  # of a JPEG file: 64 MiB of metadata are 1024
 _MAX_JUNK = 2**16  # bytes between two segments of a JPEG file, where there should be none
+_GIF_HEAD_BYTES = 2**16  # in which the first frame is looked for
 _MAX_TAGS = 1024  # of a TIFF directory: there are some hundred tags
 
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -88,7 +89,16 @@ def _measure_png(data: bytes) -> Extent:
 
 
 def _measure_gif(data: bytes) -> Extent:
-    return _plain(*struct.unpack_from("<HH", data, 6))
+    """Of the screen, which grows where the first frame does not fit."""
+    width, height = struct.unpack_from("<HH", data, 6)
+    try:
+        frame = next(_gif_frames(data[:_GIF_HEAD_BYTES]), None)
+    except IndexError:
+        frame = None  # it comes late, or never
+    if frame is not None:
+        left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, frame + 1)
+        width, height = max(width, left + frame_width), max(height, top + frame_height)
+    return _plain(width, height)
 
 
 def _measure_bmp(data: bytes) -> Extent:

@@ -17,8 +17,7 @@ LARGE_PIXELS = 16_000_000
 """Of an image that keeps a decoder for long: at 10 to 60 ns per pixel, up to a second."""
 
 _FIRST_PIXEL_S = 30e-9  # before any was measured: JPEG takes 15 ns, WebP 50 ns on a server's core
-_SMOOTHING = 0.1  # weight of the newest image in the measured rate
-_LEAST_PIXELS = 2**18  # a smaller image takes the time of one of this size
+_MOST_PIXEL_S = 200e-9  # more says nothing of other images: a file may hide what it costs
 _DEADLINE_MARGIN = 1.5
 _MAX_RETRY_AFTER_S = 600
 
@@ -98,8 +97,8 @@ class PixelRoom:
 
     def record(self, num_pixels: int, duration_s: float) -> None:
         """Note that a decoder took ``duration_s`` for an image."""
-        newest = duration_s / max(num_pixels, _LEAST_PIXELS)
-        self._pixel_s += _SMOOTHING * (newest - self._pixel_s)
+        newest = min(duration_s / num_pixels, _MOST_PIXEL_S)
+        self._pixel_s += min(num_pixels / LARGE_PIXELS, 0.5) * (newest - self._pixel_s)
 
     def _limit(self, num_pixels: int) -> int:
         """A quarter of what one more large request would leave is kept for requests of ordinary photos."""

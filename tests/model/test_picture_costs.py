@@ -131,6 +131,13 @@ def test_segments_of_jpeg_are_bounded() -> None:
     assert measure_picture(b"\xff\xd8\xff" + b"\0\xff" * 10**6) is None
 
 
+def test_the_screen_of_a_gif_grows_with_its_first_frame() -> None:
+    frame = b"\x21\xfe\x03abc\x00\x2c" + struct.pack("<HHHHB", 10, 0, 5000, 4, 0) + b"\x02\x02\x44\x01\x00"
+    screen = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + bytes(6)
+    assert measure_picture(screen + frame + b";") == Extent(5010, 8, 5010 * 8)
+    assert measure_picture(screen + frame[:12]) is None
+
+
 def test_what_is_no_picture_has_no_size() -> None:
     for data in (b"", b"x", b"RIFF", b"RIFF....WEBPVP9 ", zlib.compress(b"x" * 100)):
         assert measure_picture(data) is None

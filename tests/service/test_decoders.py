@@ -26,7 +26,7 @@ from service.errors import MalformedError, QueueFullError, ServiceError, TooLarg
 from service.images import read_image
 from service.metrics import Metrics
 from service.payloads import ImagePart
-from service.pixel_room import LARGE_PIXELS, PixelLimits
+from service.pixel_room import LARGE_PIXELS, PixelLimits, PixelRoom
 from service.settings import Settings
 
 Test = Callable[[Decoders, Metrics], Awaitable[None]]
@@ -455,3 +455,16 @@ def test_the_service_answers_while_its_decoders_are_killed(serve: Any, tokenizer
             answer = running.client.post("/encode?format=raw", content=file)
             assert answer.status_code == 200
         assert "drorae_decoder_failures_total 0.0" not in running.client.get("/metrics").text
+
+
+def test_small_files_that_take_long_do_not_spoil_the_estimate_for_large_ones() -> None:
+    room = PixelRoom(PixelLimits(), 1, Metrics())
+    for _ in range(1000):
+        room.record(64, 5.0)
+        room.record(300_000, 1.5)
+    with room.reserve(50_000_000, time.monotonic() + 30):
+        pass
+    for _ in range(100):
+        room.record(1_000_000, 0.02)
+    with room.reserve(50_000_000, time.monotonic() + 5):
+        pass
