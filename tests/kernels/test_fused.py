@@ -11,6 +11,7 @@ import torch
 
 from kernels import fused, launches
 from model.folding import fold_experts
+from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of z_final with beta = 0.2. Observed, interpreted: 1.7e-7, 2.0e-3 and 2.4e-4. A GPU makes a float32
@@ -182,12 +183,15 @@ def test_tiles_and_splits(build, monkeypatch, dtype, target_programs, capability
 
 @each_dtype
 def test_batches_may_be_slices(build, dtype, tolerance):
+    """Bit-equal to copies of one shape; of other shapes, whose products a BLAS may sum otherwise, nearly."""
     whole = build(batch=5, dtype=dtype)
     packed = pack(whole)
-    found = fused.fuse_layers([state[::2, 1:] for state in whole.states], packed, whole.spec)
-    expected = fuse(whole, packed)
-    assert torch.equal(found.tokens, expected.tokens[::2, 1:])
-    assert torch.equal(found.router_weights, expected.router_weights[::2, 1:])
+    slices = [state[::2, 1:] for state in whole.states]
+    found = fused.fuse_layers(slices, packed, whole.spec)
+    copied = fused.fuse_layers([state.contiguous() for state in slices], packed, whole.spec)
+    for one, other, uncut in zip(found, copied, fuse(whole, packed), strict=True):
+        assert torch.equal(one, other)
+        assert relative_error(one, uncut[::2, 1:]) <= tolerance
 
 
 @each_dtype

@@ -1,4 +1,4 @@
-"""One rank of a launched test: runs a list of phases in one process group.
+"""One rank of a launched test: runs a list of phases in one process group, in float64.
 
     torchrun --nproc-per-node 2 tests/training/ranks.py JOBS.json
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from cli.main import main
 from model.config import PRESETS
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, in_float64
 from training.distillation import DistillationTask
 from training.distributed import process_group
 from training.phases import ReconstructionTask
@@ -56,7 +56,7 @@ def run_job(job: dict[str, Any]) -> int:
 if __name__ == "__main__":
     PRESETS["tiny"] = TINY
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with process_group("cpu", timeout_s=60):
+    with process_group("cpu", timeout_s=60), in_float64():
         for job in jobs:
             assert run_job(job) == 0
     sys.stdout.flush()

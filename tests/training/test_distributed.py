@@ -1,7 +1,7 @@
 """Ranks: helpers alone, and two processes that train as one does.
 
 The launched runs are one torchrun of two ranks on gloo that does all of the jobs in turn, since starting
-Python twice takes longer than any of them.
+Python twice takes longer than any of them. They train in float64, where equal runs are equal (`in_float64`).
 """
 
 import csv
@@ -21,14 +21,16 @@ import yaml
 
 from model.config import PRESETS
 from model.tokenizer import Tokenizer
-from tests.training.conftest import TINY, TINY_FUSION, make_image
+from tests.training.conftest import LOG_ERROR, TINY, TINY_FUSION, in_float64, make_image
 from training.data import random_crop, share_of_batch, training_batches
 from training.distributed import Ranks, current, process_group
 from training.recipe import DataConfig
 from training.run import run_phase
 
 ROOT = Path(__file__).parents[2]
-TOLERANCE = 1e-5
+# Absolute, of weights and moments, which are below 10. Two sums of 1e4 terms may be 1e4 eps = 2e-12 apart in
+# float64. Observed: 5e-15. Exported weights are rounded to float32, where 1e-6 is a step of the largest.
+STATE_TOLERANCE, EXPORT_TOLERANCE = 1e-11, 1e-6
 CLIP = "optimizer.clip_norm=2"  # below some steps' norms, above others'
 
 
@@ -150,7 +152,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ]
     for job in (*alone, *together):
         job.output = str(folder / job.output)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, in_float64():
         patch.setitem(PRESETS, "tiny", TINY)
         from tests.training.ranks import run_job
 
@@ -160,7 +162,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     assert result.returncode == 0, result.stderr[-4000:]
     for name in ("from-two", "from-two-fsdp"):
         assert not (folder / name / "checkpoint").exists()
-        run_phase("joint", Path(main), [CLIP], folder / name, resume=True)
+        with in_float64():
+            run_phase("joint", Path(main), [CLIP], folder / name, resume=True)
     return Runs(folder)
 
 
@@ -189,9 +192,9 @@ EQUAL_RUNS = [
 @pytest.mark.parametrize(("one", "other"), EQUAL_RUNS)
 def test_number_of_ranks_changes_neither_state_nor_checkpoint(runs: Runs, one: str, other: str) -> None:
     worst = max(differences(runs.state(one)["task"], runs.state(other)["task"]))
-    assert worst[0] < TOLERANCE, worst
+    assert worst[0] < STATE_TOLERANCE, worst
     worst = max(differences(runs.weights(one), runs.weights(other)))
-    assert worst[0] < TOLERANCE, worst
+    assert worst[0] < EXPORT_TOLERANCE, worst
 
 
 @pytest.mark.parametrize(("one", "other"), EQUAL_RUNS)
@@ -201,7 +204,7 @@ def test_number_of_ranks_does_not_change_the_logs(runs: Runs, one: str, other: s
         assert len(expected) == len(found)
         for a, b in zip(expected, found, strict=True):
             a.pop("seconds", None)
-            assert {name: b[name] for name in a} == pytest.approx(a, rel=TOLERANCE, abs=TOLERANCE)
+            assert {name: b[name] for name in a} == pytest.approx(a, rel=LOG_ERROR)
 
 
 def test_the_runs_went_through_what_they_should(runs: Runs) -> None:
