@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import PRESETS, FrozenConfig, TokenizerConfig
+from model.documents import check_regular, nesting, read_json_object
 from model.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,15 @@ logger = logging.getLogger(__name__)
 FORMAT = "drorae-tokenizer"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_SAFETENSORS_HEADER_BYTES = 100 * 2**20
+MAX_CONFIG_BYTES = 2 * 2**20
+MAX_CONFIG_DEPTH = 64
+MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file; the largest part has a thousand tensors
+MAX_BYTES_PER_NUMBER = 8
 BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
 REQUIRED_PARTS = frozenset({"encoder", "decoder"})
 
 Parts = dict[str, dict[str, Tensor]]
+Shapes = Mapping[str, Mapping[str, torch.Size]]
 
 
 class FileRecord(FrozenConfig):
@@ -69,11 +73,11 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
-class CheckpointContents:
-    """What `read_checkpoint` found: configuration, tensors by part, identity."""
+class OpenedCheckpoint:
+    """A checkpoint whose configuration was read, and whose tensors were not."""
 
     config: TokenizerConfig
-    parts: Parts
+    files: dict[str, FileRecord]
     info: CheckpointInfo
 
 
@@ -98,11 +102,11 @@ def resolve_checkpoint(source: str | Path) -> Path:
     raise CheckpointError(f"no checkpoint directory at {path}; bundled checkpoints: {listed}")
 
 
-def read_checkpoint(path: Path) -> CheckpointContents:
-    """Read and verify a checkpoint directory.
+def open_checkpoint(path: Path) -> OpenedCheckpoint:
+    """Read a checkpoint directory's configuration.
 
     Raises:
-        CheckpointError: names the file, and the tensor or field where one is at fault.
+        CheckpointError: names the file and the field.
     """
     config, digest = _read_config(path / CONFIG_FILE)
     required = REQUIRED_PARTS | ({"fusion"} if config.tokenizer.fusion else set())
@@ -110,11 +114,46 @@ def read_checkpoint(path: Path) -> CheckpointContents:
         raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' lacks {part!r}")
     if "fusion" in config.files and config.tokenizer.fusion is None:
         raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' has 'fusion' but the tokenizer has none")
-    parts: Parts = {
-        part: _read_part(path / f"{part}.safetensors", record) for part, record in config.files.items()
-    }
     info = CheckpointInfo(path, config.tokenizer.name, digest, config.version, config.provenance)
-    return CheckpointContents(config.tokenizer, parts, info)
+    return OpenedCheckpoint(config.tokenizer, dict(config.files), info)
+
+
+def read_parts(opened: OpenedCheckpoint, shapes: Shapes) -> Parts:
+    """Read and verify a checkpoint's tensors.
+
+    Nothing is allocated for a file before its size, digest and header agree with the configuration.
+
+    Args:
+        opened: the checkpoint.
+        shapes: which tensors each part has by the configuration.
+
+    Raises:
+        CheckpointError: names the file, and the tensor where one is at fault.
+    """
+    files = {part: opened.info.path / f"{part}.safetensors" for part in opened.files}
+    for part, record in opened.files.items():
+        _check_size(files[part], record, shapes[part])
+    for part, record in opened.files.items():
+        _check_contents(files[part], record, shapes[part])
+    return {part: _read_part(file) for part, file in files.items()}
+
+
+def check_shapes(file: Path, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+    """Whether a part has the tensors that it should have.
+
+    Raises:
+        CheckpointError: one is missing, unexpected or of another shape; names it.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{file}: tensor {name!r} is missing")
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has shape {list(found[name])}, expected {list(shape)}"
+            )
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{file}: unexpected tensor {name!r}")
 
 
 def write_checkpoint(
@@ -257,18 +296,12 @@ def _refuse_to_replace_others(path: Path) -> None:
 
 def _read_config(file: Path) -> tuple[CheckpointConfig, str]:
     try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{file}: over {MAX_CONFIG_BYTES} bytes, so no checkpoint configuration")
-        raw = file.read_bytes()
+        fields, raw = read_json_object(file, MAX_CONFIG_BYTES)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{file.parent} is no checkpoint: it has no {CONFIG_FILE}") from exc
-    except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
-    try:
-        fields = json.loads(raw)
-    except ValueError as exc:
-        raise CheckpointError(f"{file}: not valid JSON: {exc}") from exc
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+    if nesting(fields) > MAX_CONFIG_DEPTH:
+        raise CheckpointError(f"{file}: nested deeper than {MAX_CONFIG_DEPTH} levels")
+    if fields.get("format") != FORMAT:
         raise CheckpointError(f"{file}: field 'format' is not {FORMAT!r}, so this is no DRoRAE checkpoint")
     if fields.get("version") != FORMAT_VERSION:
         found = fields.get("version")
@@ -282,9 +315,10 @@ def _read_config(file: Path) -> tuple[CheckpointConfig, str]:
     return config, hashlib.sha256(raw).hexdigest()
 
 
-def _read_part(file: Path, record: FileRecord) -> dict[str, Tensor]:
+def _check_size(file: Path, record: FileRecord, shapes: Mapping[str, torch.Size]) -> None:
+    """Whether a file is as large as its record says, and no larger than the configuration can make it."""
     try:
-        num_bytes = file.stat().st_size
+        num_bytes = check_regular(file)
     except OSError as exc:
         raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
     if num_bytes != record.num_bytes:
@@ -293,12 +327,30 @@ def _read_part(file: Path, record: FileRecord) -> dict[str, Tensor]:
             f"{file}: {num_bytes} bytes where {CONFIG_FILE} says {record.num_bytes}: "
             f"truncated or replaced{where}"
         )
+    count = sum(shape.numel() for shape in shapes.values())
+    if num_bytes > MAX_BYTES_PER_NUMBER * count + MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file}: {num_bytes} bytes are more than the {count} numbers of the architecture in "
+            f"{CONFIG_FILE} can take"
+        )
+
+
+def _check_contents(file: Path, record: FileRecord, shapes: Mapping[str, torch.Size]) -> None:
+    """Whether a file is the recorded one, and its header names the configuration's tensors."""
     if file_sha256(file) != record.sha256:
         raise CheckpointError(f"{file}: sha256 differs from {CONFIG_FILE}: the file is corrupt or replaced")
-    try:
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{file}: not a readable safetensors file: a header of {header_bytes} bytes")
+    with _naming_unreadable(file), safe_open(file, framework="pt") as tensors:
+        found = {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    check_shapes(file, found, shapes)
+
+
+def _read_part(file: Path) -> dict[str, Tensor]:
+    with _naming_unreadable(file):
         tensors = load_file(file)
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {exc}") from exc
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected a float type")
@@ -307,12 +359,20 @@ def _read_part(file: Path, record: FileRecord) -> dict[str, Tensor]:
     return tensors
 
 
+@contextmanager
+def _naming_unreadable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {exc}") from exc
+
+
 def _first_cut_tensor(file: Path, num_bytes: int) -> str:
     """Names the first tensor that a truncated file no longer holds whole, where its header survives."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < header_bytes <= min(MAX_SAFETENSORS_HEADER_BYTES, num_bytes - 8):
+        if not 0 < header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
             return ", its header is not whole"
         try:
             header = json.loads(stream.read(header_bytes))

@@ -13,6 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 MAX_WIDTH = 8192
+MAX_GRID = 128  # 16,384 tokens: position tables are computed, so no file bounds them
 Width = Annotated[int, Field(ge=8, le=MAX_WIDTH)]
 Depth = Annotated[int, Field(ge=1, le=64)]
 PixelTriple = tuple[float, float, float]
@@ -35,7 +36,7 @@ class EncoderConfig(FrozenConfig):
 
     width: Width = Field(768, description="Token width C.")
     depth: Depth = Field(12, description="Number of blocks L; each gives one hidden state.")
-    num_heads: int = Field(12, ge=1, description="Attention heads; divides the width.")
+    num_heads: int = Field(12, ge=1, le=MAX_WIDTH, description="Attention heads; divides the width.")
     mlp_ratio: float = Field(
         4.0, gt=0, le=512, description="MLP width over token width, SwiGLU's before its cut."
     )
@@ -50,7 +51,9 @@ class EncoderConfig(FrozenConfig):
     positions: Literal["learned", "sincos"] = Field(
         "learned", description="Learned position table, or the fixed 2-D sin-cos table (MAE)."
     )
-    position_grid: int = Field(37, ge=1, le=128, description="Side of the stored position table, patches.")
+    position_grid: int = Field(
+        37, ge=1, le=MAX_GRID, description="Side of the stored position table, patches."
+    )
     position_resize: PositionResize = Field(
         "bicubic_antialias", description="How the table is resized to the input's grid."
     )
@@ -78,6 +81,11 @@ class EncoderConfig(FrozenConfig):
             raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}")
+        if self.grid > MAX_GRID:
+            raise ValueError(
+                f"image_size={self.image_size} in patches of {self.patch_size} is a grid of {self.grid} x "
+                f"{self.grid}; at most {MAX_GRID} x {MAX_GRID} is possible"
+            )
         if self.mlp_width < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at width={self.width}")
         if self.positions == "sincos" and self.width % 4:
@@ -106,7 +114,10 @@ class FusionConfig(FrozenConfig):
     energy_eps: float = Field(1e-6, gt=0, description="eps under the energy normalisation's square root.")
     hidden_norm_eps: float = Field(1e-5, gt=0, description="eps of the experts' hidden LayerNorm.")
     num_heads: int = Field(
-        12, ge=1, description="Attention heads (cross_attention only); the encoder's if not given."
+        12,
+        ge=1,
+        le=MAX_WIDTH,
+        description="Attention heads (cross_attention only); the encoder's if not given.",
     )
 
     def fitted(self, encoder: EncoderConfig) -> Self:
@@ -126,12 +137,15 @@ class DecoderConfig(FrozenConfig):
 
     width: Width = Field(1152, description="Token width; divisible by 4 for the 2-D sin-cos positions.")
     depth: Depth = Field(28, description="Number of blocks.")
-    num_heads: int = Field(16, ge=1, description="Attention heads; divides the width.")
+    num_heads: int = Field(16, ge=1, le=MAX_WIDTH, description="Attention heads; divides the width.")
     mlp_width: Width = Field(4096, description="MLP hidden width.")
     patch_size: int = Field(16, ge=1, le=64, description="Output patch side, pixels.")
     layer_norm_eps: float = Field(1e-12, gt=0, description="eps of every LayerNorm.")
     position_span: int | None = Field(
-        None, ge=1, description="Length of a side in sin-cos positions; null for one a patch (RAE)."
+        None,
+        ge=1,
+        le=2**16,
+        description="Length of a side in sin-cos positions; null for one a patch (RAE).",
     )
 
     @model_validator(mode="after")

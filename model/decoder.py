@@ -37,14 +37,13 @@ class Decoder(Freezable):
     @staticmethod
     def constants(config: TokenizerConfig) -> dict[str, Tensor]:
         """The buffers that follow from the configuration, so that no checkpoint stores them."""
-        with torch.device("cpu"):
-            return {
-                "positions": sincos_positions(
-                    config.decoder.width, config.encoder.grid, config.decoder.position_span
-                ),
-                "pixel_mean": torch.tensor(config.pixel_mean).view(1, 3, 1, 1),
-                "pixel_std": torch.tensor(config.pixel_std).view(1, 3, 1, 1),
-            }
+        return {
+            "positions": sincos_positions(
+                config.decoder.width, config.encoder.grid, config.decoder.position_span
+            ),
+            "pixel_mean": torch.tensor(config.pixel_mean).view(1, 3, 1, 1),
+            "pixel_std": torch.tensor(config.pixel_std).view(1, 3, 1, 1),
+        }
 
     @property
     def last_layer(self) -> Tensor:

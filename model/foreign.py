@@ -3,7 +3,6 @@
 Whatever can be wrong with such a file is a `CheckpointError` of one sentence that names it.
 """
 
-import json
 import pickle
 import re
 import struct
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoints import file_sha256
+from model.documents import read_json_object
 from model.errors import CheckpointError
 
 MAX_JSON_BYTES = 256 * 2**20  # statistics of a 64 x 64 grid written as lists take a good part of it
@@ -65,16 +65,9 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, or not a JSON object.
     """
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: over {MAX_JSON_BYTES} bytes, so no configuration")
-        fields = json.loads(file.read_bytes())
-    except OSError as exc:
+        return read_json_object(file, MAX_JSON_BYTES)[0]
+    except FileNotFoundError as exc:
         raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{file}: not valid JSON: {exc}") from exc
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: holds no JSON object, so no configuration")
-    return fields
 
 
 def read_folder(folder: Path, *stems: str) -> ForeignTensors:

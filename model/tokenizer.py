@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
 from kernels.reference import token_norm
-from model.checkpoints import CheckpointInfo, Parts, read_checkpoint, resolve_checkpoint, write_checkpoint
+from model.checkpoints import (
+    CheckpointInfo,
+    Parts,
+    Shapes,
+    check_shapes,
+    open_checkpoint,
+    read_parts,
+    resolve_checkpoint,
+    write_checkpoint,
+)
 from model.config import TokenizerConfig
 from model.decoder import Decoder
 from model.encoder import Encoder
@@ -71,9 +80,10 @@ class Tokenizer(nn.Module):
         """
         path = resolve_checkpoint(source)
         with _on_one_thread():
-            contents = read_checkpoint(path)
-            tokenizer = cls.from_parts(contents.config, contents.parts, path)
-            tokenizer.checkpoint = contents.info
+            opened = open_checkpoint(path)
+            tokenizer = cls.on_meta(opened.config)
+            tokenizer._fill(read_parts(opened, tokenizer.shapes()), path)
+            tokenizer.checkpoint = opened.info
             for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
                 if module is not None:
                     module.freeze()
@@ -92,12 +102,23 @@ class Tokenizer(nn.Module):
         Raises:
             CheckpointError: a tensor is missing, unexpected or mis-shaped; names it.
         """
-        with torch.device("meta"):
-            tokenizer = cls(config)
-        tokenizer._restore_constants()
-        for part, tensors in sorted(parts.items()):  # statistics last: they go to the weights' device
-            tokenizer._load_part(part, tensors, path)
+        tokenizer = cls.on_meta(config)
+        tokenizer._fill(parts, path)
         return tokenizer
+
+    @classmethod
+    def on_meta(cls, config: TokenizerConfig) -> Self:
+        """A tokenizer of shapes without values, which takes no memory whatever the configuration says."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def shapes(self) -> Shapes:
+        """Shapes of the tensors by checkpoint file, statistics included."""
+        latent = torch.Size(self.config.latent_shape)
+        shapes = {
+            part: {name: t.shape for name, t in tensors.items()} for part, tensors in self.parts().items()
+        }
+        return {**shapes, "statistics": {"mean": latent, "var": latent}}
 
     def save(
         self,
@@ -288,33 +309,21 @@ class Tokenizer(nn.Module):
         level = logging.WARNING if fell_back else logging.INFO
         logger.log(level, "fusion path %s: %s", choice.path, choice.reason)
 
-    def _restore_constants(self) -> None:
-        """Give the buffers that no checkpoint stores their values after a construction on meta."""
-        for name, tensor in Decoder.constants(self.config).items():
-            setattr(self.decoder, name, tensor)
-
-    def _load_part(self, part: str, tensors: dict[str, Tensor], path: Path) -> None:
-        """Strict load that names the file and the tensor."""
-        file = path / f"{part}.safetensors"
-        if part == "statistics":
-            self._load_statistics(tensors, file)
-            return
-        module = getattr(self, part)
-        expected = module.state_dict()
-        for name, tensor in expected.items():
-            if name not in tensors:
-                raise CheckpointError(f"{file}: tensor {name!r} is missing")
-            if tensors[name].shape != tensor.shape:
-                found, wanted = list(tensors[name].shape), list(tensor.shape)
-                raise CheckpointError(f"{file}: tensor {name!r} has shape {found}, expected {wanted}")
-        for name in tensors:
-            if name not in expected:
-                raise CheckpointError(f"{file}: unexpected tensor {name!r}")
-        module.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    def _fill(self, parts: Parts, path: Path) -> None:
+        """Give a tokenizer on meta its tensors, and the buffers that no checkpoint stores."""
+        shapes = self.shapes()
+        for part, tensors in sorted(parts.items()):  # statistics last: they go to the weights' device
+            file = path / f"{part}.safetensors"
+            check_shapes(file, {name: tensor.shape for name, tensor in tensors.items()}, shapes[part])
+            if part == "statistics":
+                self._load_statistics(tensors, file)
+            else:
+                values = {name: tensor.float() for name, tensor in tensors.items()}
+                getattr(self, part).load_state_dict(values, assign=True)
+        for name, constant in Decoder.constants(self.config).items():
+            setattr(self.decoder, name, constant)
 
     def _load_statistics(self, tensors: dict[str, Tensor], file: Path) -> None:
-        if set(tensors) != {"mean", "var"}:
-            raise CheckpointError(f"{file}: holds the tensors {sorted(tensors)}, expected ['mean', 'var']")
         try:
             self.set_statistics(tensors["mean"], tensors["var"])
         except LatentError as exc:

@@ -141,8 +141,11 @@ def sincos_positions(width: int, grid: int, span: int | None = None) -> Tensor:
         span: how far apart the ends of a side are; by default one unit a patch, as in MAE and RAE.
 
     Returns:
-        [1, 1 + grid * grid, width] float32; the class token's row is zero.
+        [1, 1 + grid * grid, width] float32; the class token's row is zero. On the meta device a shape alone:
+        to trace these operations there, torch imports its compiler.
     """
+    if torch.get_default_device().type == "meta":
+        return torch.empty(1, 1 + grid * grid, width)
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     coordinates = torch.arange(grid, dtype=torch.float64) * ((span or grid) / grid)
     angles = torch.outer(coordinates, frequencies)

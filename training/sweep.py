@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from model.checkpoints import read_checkpoint, resolve_checkpoint
+from model.checkpoints import open_checkpoint, resolve_checkpoint
 from model.config import PRESETS, Depth, EncoderConfig, FusionConfig, Width, fusion_num_parameters
 from model.metrics import psnr, ssim
 from model.pixels import to_bytes
@@ -210,7 +210,7 @@ def _centre(recipe: SweepRecipe, encoder: EncoderConfig) -> FusionConfig:
 def _source_encoder(recipe: SweepRecipe) -> EncoderConfig:
     if recipe.init is None:
         raise RecipeError("field 'init': the sweep starts from phase 1's checkpoint")
-    config = read_checkpoint(resolve_checkpoint(recipe.init)).config
+    config = open_checkpoint(resolve_checkpoint(recipe.init)).config
     if config.fusion is not None:
         raise RecipeError(f"field 'init': {recipe.init} has a fusion already; name phase 1's checkpoint")
     return config.encoder

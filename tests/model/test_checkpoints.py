@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model.checkpoints
-from model.checkpoints import CheckpointInfo, read_checkpoint, resolve_checkpoint
+import model.tokenizer
+from model.checkpoints import CheckpointInfo, open_checkpoint, read_parts, resolve_checkpoint
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 
@@ -306,6 +308,89 @@ def test_oversized_config_is_not_read(checkpoint, monkeypatch):
     assert "over 10 bytes" in refused(checkpoint)
 
 
+@pytest.mark.parametrize("depth", [65, 900, 100_000])
+def test_deep_configurations_are_refused(checkpoint, depth):
+    text = (checkpoint / "config.json").read_text().rstrip().removesuffix("}")
+    (checkpoint / "config.json").write_text(text + ',"provenance":{"x":' + "[" * depth + "]" * depth + "}}")
+    assert re.fullmatch(
+        r".*config\.json: (nested deeper than 64 levels|not valid JSON: .*)", refused(checkpoint)
+    )
+
+
+def test_what_is_no_regular_file_is_not_opened(checkpoint):
+    """A pipe would wait for a writer; /dev/zero has no end."""
+    for name in ("decoder.safetensors", "config.json"):
+        (checkpoint / name).unlink()
+        os.mkfifo(checkpoint / name)
+        assert refused(checkpoint) == f"{checkpoint / name}: no regular file"
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").symlink_to("/dev/zero")
+    assert refused(checkpoint) == f"{checkpoint / 'config.json'}: no regular file"
+
+
+def test_sparse_files_are_refused_before_they_are_read(checkpoint):
+    file = checkpoint / "decoder.safetensors"
+    os.truncate(file, 2**40)
+    edit_config(checkpoint, files__decoder={"sha256": "0" * 64, "num_bytes": 2**40})
+    assert f"{file}: {2**40} bytes are more than" in refused(checkpoint)
+
+
+def test_headers_larger_than_any_of_ours_are_not_parsed(checkpoint, monkeypatch):
+    monkeypatch.setattr(model.checkpoints, "MAX_HEADER_BYTES", 2**10)
+    assert "not a readable safetensors file: a header of" in refused(checkpoint)
+
+
+LARGE = {"depth": 64, "width": 8192, "num_heads": 64}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder": LARGE},
+        {"encoder": {**LARGE, "mlp_ratio": 512}},
+        {"encoder": {"positions": "sincos", "position_grid": 128}},
+        {"encoder": {"num_registers": 64}},
+        {"decoder": {**LARGE, "mlp_width": 8192}},
+        {"fusion": {"hidden_width": 8192}},
+        {"encoder": {"patch_size": 1, "image_size": 1024}, "decoder": {"patch_size": 1}, "image_size": 1024},
+        {"encoder": {"image_size": 896}, "decoder": {"patch_size": 8, "width": 8192}, "image_size": 1024},
+        {"decoder": {"position_span": 10**400}},
+    ],
+)
+def test_architectures_of_other_sizes_are_refused_before_anything_is_allocated(
+    checkpoint, changes, monkeypatch
+):
+    """A file that was read, or a buffer that was computed, would show here."""
+
+    def fail(*_, **__):
+        raise AssertionError("allocated")
+
+    monkeypatch.setattr(model.checkpoints, "load_file", fail)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor.is_meta or fail())
+    monkeypatch.setattr(model.tokenizer.Decoder, "constants", refuse_to_compute(fail))
+    fields = json.loads((checkpoint / "config.json").read_text())
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            fields["tokenizer"][name] |= value
+        else:
+            fields["tokenizer"][name] = value
+    (checkpoint / "config.json").write_text(json.dumps(fields))
+    message = refused(checkpoint)
+    assert message.startswith(str(checkpoint))
+    assert message.count("\n") == 0
+
+
+def refuse_to_compute(fail):
+    """`Decoder.constants` that may give shapes alone."""
+    constants = model.tokenizer.Decoder.constants
+
+    def shapes(config):
+        found = constants(config)
+        return found if all(tensor.is_meta for tensor in found.values()) else fail()
+
+    return staticmethod(shapes)
+
+
 def test_a_directory_without_config_is_no_checkpoint(tmp_path):
     assert refused(tmp_path) == f"{tmp_path} is no checkpoint: it has no config.json"
 
@@ -326,10 +411,10 @@ def test_a_preset_without_weights_says_so():
 
 
 def test_reading_gives_what_was_written(tokenizer, checkpoint):
-    contents = read_checkpoint(checkpoint)
-    assert set(contents.parts) == {"encoder", "fusion", "decoder", "statistics"}
+    parts = read_parts(open_checkpoint(checkpoint), tokenizer.shapes())
+    assert set(parts) == {"encoder", "fusion", "decoder", "statistics"}
     written = tokenizer.decoder.state_dict()
-    assert all(torch.equal(contents.parts["decoder"][name], tensor) for name, tensor in written.items())
+    assert all(torch.equal(parts["decoder"][name], tensor) for name, tensor in written.items())
 
 
 def test_files_are_as_readable_as_their_configuration(checkpoint: Path) -> None:
