@@ -40,6 +40,7 @@ MAX_BYTES_PER_NUMBER = 8
 BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
 REQUIRED_PARTS = frozenset({"encoder", "decoder"})
 
+PartName = Literal["encoder", "fusion", "decoder", "statistics"]
 Parts = dict[str, dict[str, Tensor]]
 Shapes = Mapping[str, Mapping[str, torch.Size]]
 
@@ -57,7 +58,7 @@ class CheckpointConfig(FrozenConfig):
     format: Literal["drorae-tokenizer"]
     version: Literal[1]
     tokenizer: TokenizerConfig
-    files: dict[Literal["encoder", "fusion", "decoder", "statistics"], FileRecord]
+    files: dict[PartName, FileRecord]
     provenance: dict[str, Any] = Field(default_factory=dict, description="How the weights came to be.")
 
 
@@ -77,7 +78,7 @@ class OpenedCheckpoint:
     """A checkpoint whose configuration was read, and whose tensors were not."""
 
     config: TokenizerConfig
-    files: dict[str, FileRecord]
+    files: Mapping[PartName, FileRecord]
     info: CheckpointInfo
 
 
@@ -115,7 +116,7 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint:
     if "fusion" in config.files and config.tokenizer.fusion is None:
         raise CheckpointError(f"{path / CONFIG_FILE}: field 'files' has 'fusion' but the tokenizer has none")
     info = CheckpointInfo(path, config.tokenizer.name, digest, config.version, config.provenance)
-    return OpenedCheckpoint(config.tokenizer, dict(config.files), info)
+    return OpenedCheckpoint(config.tokenizer, config.files, info)
 
 
 def read_parts(opened: OpenedCheckpoint, shapes: Shapes) -> Parts:
@@ -330,8 +331,7 @@ def _check_size(file: Path, record: FileRecord, shapes: Mapping[str, torch.Size]
     count = sum(shape.numel() for shape in shapes.values())
     if num_bytes > MAX_BYTES_PER_NUMBER * count + MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{file}: {num_bytes} bytes are more than the {count} numbers of the architecture in "
-            f"{CONFIG_FILE} can take"
+            f"{file}: {num_bytes} bytes are more than {count} numbers of {CONFIG_FILE} take"
         )
 
 

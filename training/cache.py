@@ -146,7 +146,7 @@ def make_key(
         dtype=spec.dtype,
         precision=precision,
         weights_sha256=weights_sha256,
-        listing_sha256=_listing_sha256(samples),
+        listing_sha256=listing_sha256(samples),
         num_images=len(samples),
         crops_per_image=spec.crops_per_image,
         resize_short_side=data.resize_short_side,
@@ -278,7 +278,7 @@ def checksum(states: Tensor) -> int:
     return zlib.crc32(states.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _listing_sha256(samples: Sequence[Sample]) -> str:
+def listing_sha256(samples: Sequence[Sample]) -> str:
     """Names and sizes, not places: a cache may move with its images."""
     digest = hashlib.sha256()
     for sample in samples:

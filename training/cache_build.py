@@ -43,6 +43,7 @@ from training.files import write_atomically
 from training.optimization import autocast
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
+from training.workers import ignore_signals, iterate
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +204,15 @@ def _encode(
     entries = range(images.start * count, images.stop * count)
     states = torch.zeros(len(entries), *spec.shape, dtype=DTYPES[spec.dtype])
     is_valid = torch.zeros(len(entries), dtype=torch.uint8)
-    loader = DataLoader(crops, batch_size=BATCH_SIZE, sampler=entries, num_workers=crops.num_workers)
+    loader = DataLoader(
+        crops,
+        batch_size=BATCH_SIZE,
+        sampler=entries,
+        num_workers=crops.num_workers,
+        worker_init_fn=ignore_signals,
+    )
     done = 0
-    for pixels, valid in loader:
+    for pixels, valid in iterate(loader):
         with autocast(tokenizer.device, precision):
             found = frozen_states(tokenizer, spec.kind, pixels.to(tokenizer.device).float() / 255)
         place = slice(done, done + len(pixels))

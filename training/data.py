@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -24,10 +25,12 @@ from training.distributed import Ranks
 from training.errors import DataError
 from training.recipe import DataConfig
 from training.sources import Sample, list_samples
+from training.workers import ignore_signals, iterate
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 64 * 2**20
+# Pickles: processes that decode images are started by spawn or forkserver on some systems.
 Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
 Item = tuple[Tensor, int, int, Tensor | None]  # image, label, number of broken ones before it, states
 CROP = 7  # beside order (0), augmentation (1) and the purposes of `training.randomness`
@@ -100,31 +103,33 @@ def crop_at(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
 
 def random_crop(config: DataConfig, side: int) -> Transform:
     """Short side to a random size of ``config.resize_short_side``, random crop, optional flip (RAE)."""
-
-    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        low, high = config.resize_short_side
-        image = resize_short_side(image, max(side, int(rng.integers(low, high + 1))))
-        left = int(rng.integers(0, image.width - side + 1))
-        top = int(rng.integers(0, image.height - side + 1))
-        return _random_flip(crop_at(image, left, top, side), rng, config.flip)
-
-    return transform
+    return partial(_random_crop, config, side)
 
 
 def random_resized_crop(config: DataConfig, side: int) -> Transform:
     """A random square of ``config.crop_area`` of the image, resized to ``side`` (Inception)."""
+    return partial(_random_resized_crop, config, side)
 
-    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        low, high = config.crop_area
-        length = round((image.width * image.height * rng.uniform(low, high)) ** 0.5)
-        length = max(1, min(length, *image.size))
-        left = int(rng.integers(0, image.width - length + 1))
-        top = int(rng.integers(0, image.height - length + 1))
-        box = (left, top, left + length, top + length)
-        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-        return _random_flip(image, rng, config.flip)
 
-    return transform
+def _random_crop(config: DataConfig, side: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    low, high = config.resize_short_side
+    image = resize_short_side(image, max(side, int(rng.integers(low, high + 1))))
+    left = int(rng.integers(0, image.width - side + 1))
+    top = int(rng.integers(0, image.height - side + 1))
+    return _random_flip(crop_at(image, left, top, side), rng, config.flip)
+
+
+def _random_resized_crop(
+    config: DataConfig, side: int, image: Image.Image, rng: np.random.Generator
+) -> Image.Image:
+    low, high = config.crop_area
+    length = round((image.width * image.height * rng.uniform(low, high)) ** 0.5)
+    length = max(1, min(length, *image.size))
+    left = int(rng.integers(0, image.width - length + 1))
+    top = int(rng.integers(0, image.height - length + 1))
+    box = (left, top, left + length, top + length)
+    image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return _random_flip(image, rng, config.flip)
 
 
 def _random_flip(image: Image.Image, rng: np.random.Generator, enabled: bool) -> Image.Image:
@@ -203,6 +208,18 @@ class PositionSampler(Sampler[int]):
             first += self.batch_size
 
 
+def list_training_images(config: DataConfig) -> list[Sample]:
+    """The images of ``config.train``, which may take minutes to list.
+
+    Raises:
+        DataError: a path is missing, or there is no image.
+    """
+    logger.info("listing the training images")
+    samples = list_samples(config.train)
+    logger.info("training on %d images", len(samples))
+    return samples
+
+
 def share_of_batch(batch_size: int, ranks: Ranks) -> range:
     """Which samples of a global batch are this rank's.
 
@@ -223,6 +240,7 @@ def training_batches(
     start_batch: int,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     stored: StoredStates | None = None,
+    samples: Sequence[Sample] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from batch number ``start_batch`` on: this rank's share of each.
 
@@ -234,12 +252,13 @@ def training_batches(
         start_batch: the first batch's number.
         ranks: by default this process sees whole batches.
         stored: what the batches' states are read from; needs ``config.crops_per_image``.
+        samples: the listing of ``config.train``, where it is at hand.
 
     Raises:
         DataError: a path is missing, or no image can be decoded.
     """
-    samples = list_samples(config.train)
-    logger.info("training on %d images", len(samples))
+    if samples is None:
+        samples = list_training_images(config)
     loader = DataLoader(
         PositionedDataset(samples, transform, seed, config.crops_per_image, stored),
         batch_size=batch_size // ranks.size,
@@ -248,8 +267,9 @@ def training_batches(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if config.num_workers else None,
+        worker_init_fn=ignore_signals,
     )
-    return iter(loader)
+    return iterate(loader)
 
 
 def evaluation_batches(

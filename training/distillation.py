@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from kernels.reference import token_norm
 from model.config import PRESETS, TokenizerConfig
 from model.tokenizer import Tokenizer
-from training.data import Batch, evaluation_batches, random_resized_crop, training_batches
+from training.data import (
+    Batch,
+    evaluation_batches,
+    list_training_images,
+    random_resized_crop,
+    training_batches,
+)
 from training.distributed import Ranks, current
 from training.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, STAGE_WIDTHS, EfficientNetLite0
 from training.errors import RecipeError
@@ -82,6 +88,7 @@ class DistillationTask(Task):
         _check_recipe(recipe, self.ranks.size)
         self.recipe: DistillationRecipe = recipe
         self.device = resolve_device(recipe.device)
+        self.samples = list_training_images(recipe.data)
         torch.manual_seed(recipe.seed)
         self.tokenizer = Tokenizer(_encoder_only(recipe)).to(self.device)
         self.tokenizer.decoder.freeze()
@@ -103,13 +110,25 @@ class DistillationTask(Task):
         transform = random_resized_crop(recipe.data, recipe.teacher_image_size)
         if start_step < first_final:
             stream = training_batches(
-                recipe.data, transform, recipe.batch_size, recipe.seed, start_step, self.ranks
+                recipe.data,
+                transform,
+                recipe.batch_size,
+                recipe.seed,
+                start_step,
+                self.ranks,
+                samples=self.samples,
             )
             yield from ([batch] for batch in islice(stream, first_final - start_step))
         transform = random_resized_crop(recipe.data, max(recipe.final_image_size, recipe.teacher_image_size))
         start = max(0, start_step - first_final)
         stream = training_batches(
-            recipe.data, transform, recipe.final_batch_size, recipe.seed + 1, start, self.ranks
+            recipe.data,
+            transform,
+            recipe.final_batch_size,
+            recipe.seed + 1,
+            start,
+            self.ranks,
+            samples=self.samples,
         )
         yield from ([batch] for batch in stream)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(file: Path, data: bytes | str) -> None:
+def write_atomically(file: Path, data: bytes | str, previous: Path | None = None) -> None:
     """Write bytes, or text as UTF-8, under a temporary name; sync, then rename. The folder is created.
+
+    What was there before moves to ``previous``, if that is given.
 
     A file has one writer at a time: what a killed one left is overwritten. Serialise to memory first, as
     torch and safetensors report a full disk in words of their own.
@@ -22,6 +24,8 @@ def write_atomically(file: Path, data: bytes | str) -> None:
             stream.write(data.encode() if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
+        if previous is not None and file.exists():
+            os.replace(file, previous)
         os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)

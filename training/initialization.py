@@ -20,6 +20,7 @@ from model.tokenizer import Tokenizer
 from model.vit import Block
 from training.data import evaluation_batches
 from training.errors import DataError
+from training.progress import log_progress
 from training.sources import list_samples
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ def initialize_decoder(
     gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
     cross = torch.zeros(width + 1, decoder.predict.out_features, dtype=torch.float64)
     samples = list_samples(paths)[:NUM_IMAGES]
-    for _, batch in evaluation_batches(samples, tokenizer.config.image_size, BATCH_SIZE):
+    batches = evaluation_batches(samples, tokenizer.config.image_size, BATCH_SIZE)
+    num_batches = -(-len(samples) // BATCH_SIZE)
+    for _, batch in log_progress(batches, num_batches, "the decoder's ridge regression"):
         images = batch.pixels(tokenizer.device)
         tokens = tokenizer.tokens(images, "base")
         sigma = noise_tau * torch.rand(len(tokens), 1, 1, generator=generator)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.tokenizer import Tokenizer
 from training.cache import KINDS, StateCache, cache_spec
 from training.cache_build import open_or_build_cache, tokens_from_states
-from training.data import Batch, random_crop, share_of_batch, training_batches
+from training.data import Batch, list_training_images, random_crop, share_of_batch, training_batches
 from training.discriminator import (
     NUM_DRAWS,
     Discriminator,
@@ -106,6 +106,7 @@ class ReconstructionTask(Task):
         self.recipe: PhaseRecipe = recipe
         self.device = resolve_device(recipe.device)
         check_recipe(phase, recipe, self.ranks.size)
+        self.samples = list_training_images(recipe.data)
         torch.manual_seed(recipe.seed)
         self.tokenizer = make_tokenizer(phase, recipe).to(self.device)
         if recipe.decoder_init == "ridge":
@@ -147,6 +148,7 @@ class ReconstructionTask(Task):
             start_step * per_step,
             self.ranks,
             self._open_cache(),
+            self.samples,
         )
         while True:
             yield [next(stream) for _ in range(per_step)]

@@ -273,7 +273,7 @@ def _disk(
         channels, rows, columns = config.latent_shape
         checkpoint_bytes += STATISTICS_TENSORS * 4 * channels * rows * columns
     state_bytes = sum(part.gradient_bytes + part.optimizer_bytes + part.ema_bytes for part in footprint.parts)
-    free = check_output("output", recipe.output, checkpoint_bytes + 2 * state_bytes, findings, resume)
+    free = check_output("output", recipe.output, checkpoint_bytes + 3 * state_bytes, findings, resume)
     cache_bytes = cache_free = None
     if recipe.cache is not None:
         try:
@@ -367,7 +367,7 @@ def _footprint_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
 def _disk_lines(disk: Disk) -> Iterator[str]:
     yield (
         f"disk       checkpoint {gib(disk.checkpoint_bytes)}, state {gib(disk.state_bytes)} "
-        f"(twice while it is replaced); {gib(disk.output_free_bytes)} free"
+        f"(the last two, and a third while it is written); {gib(disk.output_free_bytes)} free"
     )
     if disk.cache_bytes is not None and disk.cache_free_bytes is not None:
         yield f"cache      {gib(disk.cache_bytes)}; {gib(disk.cache_free_bytes)} free"

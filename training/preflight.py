@@ -22,7 +22,7 @@ from training.perceptual import make_perceptual
 from training.recipe import BaseRecipe, DataConfig, PhaseRecipe
 from training.sources import Sample, list_samples
 from training.starting import make_tokenizer
-from training.trainer import STATE_FILE
+from training.states import holds_state
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def check_output(
         return 0
     if not os.access(existing, os.W_OK | os.X_OK):
         findings.problems.append(f"field {field_name!r}: {existing} is not writable")
-    if resume is False and (folder / STATE_FILE).exists():
+    if resume is False and holds_state(folder):
         findings.problems.append(
             f"field {field_name!r}: {folder} holds a run: continue it with --resume, or choose another"
         )

@@ -7,6 +7,7 @@ from training.distillation import DistillationTask
 from training.distributed import is_launched, process_group
 from training.errors import RankError
 from training.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
+from training.states import check_run_directory
 from training.trainer import Task, Trainer
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def run_phase(
         overrides = [*overrides, f"output={output}"]
     kind = DistillationRecipe if phase == "phase0" else PhaseRecipe
     recipe = load_recipe(kind, config_path, overrides)
+    check_run_directory(recipe.output, resume)
     with process_group(recipe.device, recipe.distributed.timeout_s):
         task = _make_task(phase, recipe)
         figures = Trainer(task, task.recipe.output).run(resume)

@@ -1,8 +1,12 @@
 """What phases 1 to 3 and joint training start from: a recipe that can be done, and the tokenizer."""
 
+from pathlib import Path
+
 from pydantic import ValidationError
 
+from model.checkpoints import resolve_checkpoint
 from model.config import PRESETS, TokenizerConfig
+from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from training.errors import RecipeError
 from training.recipe import PhaseRecipe
@@ -44,7 +48,7 @@ def make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
     """
     if recipe.init is None:
         raise RecipeError(f"field 'init': {phase} starts from a checkpoint with a pre-trained encoder")
-    source = Tokenizer.load(recipe.init, fusion="reference")
+    source = Tokenizer.load(_existing(recipe.init), fusion="reference")
     config = _phase_config(phase, recipe, source.config)
     tokenizer = Tokenizer(config)
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())
@@ -55,6 +59,21 @@ def make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
     if mean is not None and var is not None and _keeps_latents(phase, recipe, source):
         tokenizer.set_statistics(mean, var)
     return tokenizer
+
+
+def _existing(init: str) -> Path:
+    """The checkpoint's directory, or how to get it where there is none.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    try:
+        return resolve_checkpoint(init)
+    except CheckpointError as exc:
+        raise RecipeError(
+            f"field 'init': {exc}. Train the phase before this one, or import weights (drorae import); to "
+            "start from the bundled checkpoint: --set init=mini"
+        ) from exc
 
 
 def _keeps_latents(phase: str, recipe: PhaseRecipe, source: Tokenizer) -> bool:

@@ -8,7 +8,6 @@ import json
 import logging
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from training.recipe import NonNegativeInt, PhaseRecipe, PositiveInt, load_recip
 from training.sources import list_samples
 from training.sweep_report import SweepPoint, write_report
 from training.trainer import Trainer
+from training.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -291,14 +291,7 @@ def _quiet_processes(num_processes: int) -> Iterator[ProcessPoolExecutor]:
 def _start_process(num_threads: int) -> None:
     """In each of the processes: its threads, and an end when the sweep is killed."""
     torch.set_num_threads(num_threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # nothing to clean up: files are written whole or not at all
+    end_with_parent()
 
 
 def _run_file(output: Path, size: Size) -> Path:

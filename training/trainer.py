@@ -2,19 +2,18 @@
 
 import csv
 import errno
-import io
 import json
 import logging
 import math
 import os
-import pickle
 import platform
 import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,15 +21,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from training.cache import listing_sha256
 from training.data import Batch
 from training.distributed import current
 from training.errors import DivergenceError, TrainingError
-from training.files import write_atomically, write_json
+from training.files import write_json
 from training.recipe import BaseRecipe
+from training.sources import Sample
+from training.states import (
+    RUN_FILE,
+    STATE_FILE,
+    check_run_directory,
+    holds_state,
+    newest_whole_state,
+    read_state,
+    save_state,
+)
+from training.tables import read_table, write_table
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "state.pt"
 
 
 class Task(ABC):
@@ -42,6 +51,8 @@ class Task(ABC):
 
     recipe: BaseRecipe
     networks: dict[str, str]
+    samples: Sequence[Sample]
+    """The listing of the recipe's ``data.train``."""
 
     @abstractmethod
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
@@ -78,8 +89,8 @@ class Task(ABC):
 class Trainer:
     """Runs a task from its last saved state to the recipe's end.
 
-    SIGINT and SIGTERM save the state after the step under way, on whichever rank they arrive; a second
-    SIGINT stops at once.
+    SIGINT and SIGTERM save the state after the step under way, on whichever rank they arrive, and stop at
+    once where nothing would be lost. A second SIGINT stops at once in any case.
     """
 
     def __init__(self, task: Task, output: Path) -> None:
@@ -89,6 +100,8 @@ class Trainer:
         self.ranks = current()
         self.num_broken = 0  # of this rank's images; the main rank's holds those before a resume too
         self.is_stopping = False
+        self.saved_step = 0
+        self.is_saved = True  # whether a run that ends here loses nothing
         self.seconds_before = 0.0
 
     def run(self, resume: bool) -> dict[str, float]:
@@ -115,22 +128,20 @@ class Trainer:
             raise
 
     def _prepare(self, resume: bool) -> int:
-        state_file = self.output / STATE_FILE
-        exists = self.ranks.all_gather_object(state_file.exists())
-        if any(exists) and not resume:
-            raise TrainingError(
-                f"{self.output} holds a run: continue it with --resume, or choose another --output"
-            )
+        check_run_directory(self.output, resume)
+        exists = self.ranks.all_gather_object(holds_state(self.output))
         if any(exists) and not all(exists):
             raise TrainingError(
-                f"{state_file}: seen by some ranks only: the run directory must be on a disk that all share"
+                f"{self.output / STATE_FILE}: seen by some ranks only: the run directory must be on a disk "
+                "that all share"
             )
-        step = self._restore(state_file) if all(exists) else 0
+        self.listing = {"num_images": len(self.task.samples), "sha256": listing_sha256(self.task.samples)}
+        self.saved_step = self._restore() if all(exists) else 0
         if self.ranks.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             self._write_recipe(is_resumed=all(exists))
-            _keep_rows(self.output, last_step=step - 1)
-        return step
+            _keep_rows(self.output, last_step=self.saved_step - 1)
+        return self.saved_step
 
     def _write_recipe(self, is_resumed: bool) -> None:
         """Keep the recipe beside its results; say so where a resumed run departs from it."""
@@ -143,16 +154,26 @@ class Trainer:
                 logger.warning("resumed with another recipe than before: %s changed", ", ".join(changed))
         write_json(file, fields)
 
-    def _restore(self, state_file: Path) -> int:
+    def _restore(self) -> int:
+        found = newest_whole_state(self.output) if self.ranks.is_main else self.output
+        file = self.ranks.broadcast_object(found)
+        state = read_state(file)
         try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
             step = int(state["step"])
             self.num_broken = int(state["num_broken"]) if self.ranks.is_main else 0
             self.seconds_before = float(state["seconds"])
             self.task.load_state_dict(state["task"])
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
-            raise TrainingError(f"{state_file}: not a state of this recipe: {exc}") from exc
+        except (RuntimeError, KeyError, TypeError, ValueError) as exc:
+            raise TrainingError(f"{file}: not a state of this recipe: {exc}") from exc
         logger.info("resumed %s at step %d", self.output, step)
+        before = state.get("listing", self.listing)
+        if before != self.listing and self.ranks.is_main:
+            logger.warning(
+                "the list of training images changed since the state was saved (%s images then, %s now): the "
+                "run goes on with the new list, so its batches are not those of an uninterrupted run",
+                before["num_images"],
+                self.listing["num_images"],
+            )
         return step
 
     def _train(self, start_step: int) -> None:
@@ -168,29 +189,51 @@ class Trainer:
             disable=not self.ranks.is_main,
         ) as bar:
             for step in steps:
-                micro_batches = next(batches)
+                micro_batches = self._next_batches(step, batches)
                 self.num_broken += sum(batch.num_broken for batch in micro_batches)
+                self.is_saved = False
                 losses = self.task.train_step(step, micro_batches)
                 _check_finite(step, losses)
                 self._after_step(step, losses, bar)
 
+    def _next_batches(self, step: int, batches: Iterator[list[Batch]]) -> list[Batch]:
+        """The next step's; where a process that decodes them was killed, what was trained is saved first."""
+        try:
+            return next(batches)
+        except RuntimeError as exc:
+            if "DataLoader worker" not in str(exc):
+                raise
+            if self.ranks.size == 1 and step > self.saved_step:
+                self._save_state(step)
+            raise TrainingError(
+                f"a process that decodes images ended before step {step + 1}, killed for want of memory "
+                f"perhaps ({exc}): go on with --resume, with fewer data.num_workers"
+            ) from exc
+
     def _after_step(self, step: int, losses: dict[str, float], bar: "tqdm[Any]") -> None:
         done = step + 1
+        is_last = done == self.recipe.num_steps
         bar.update()
-        if done % self.recipe.log_every_steps == 0 or done == self.recipe.num_steps:
+        if done % self.recipe.log_every_steps == 0 or is_last:
             bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
             row = {"seconds": round(self._seconds(), 1), "num_broken": self._total_broken(), **losses}
             self._append_row("train.csv", step, row)
-        # The state is written before validation: a crash in it costs no training.
+        # The state is written before validation: whatever ends the run in it costs no training.
+        must_evaluate = done % self.recipe.evaluate_every_steps == 0 and not is_last
         must_stop = self.ranks.any(self.is_stopping)
-        if done % self.recipe.checkpoint_every_steps == 0 or done == self.recipe.num_steps or must_stop:
+        if done % self.recipe.checkpoint_every_steps == 0 or is_last or must_evaluate or must_stop:
             self._save_state(done)
-        if must_stop and done < self.recipe.num_steps:
-            self.ranks.barrier()  # a rank that ended makes the launcher end those that still write
-            logger.warning("stopped after step %d, which is saved: go on with --resume", done)
-            raise KeyboardInterrupt
-        if done % self.recipe.evaluate_every_steps == 0 and done != self.recipe.num_steps:
+        if must_stop and not is_last:
+            self._stop(done)
+        if must_evaluate:
             self._evaluate(step)
+            if self.ranks.any(self.is_stopping):
+                self._stop(done)
+
+    def _stop(self, step: int) -> None:
+        self.ranks.barrier()  # a rank that ended makes the launcher end those that still write
+        logger.warning("stopped after step %d, which is saved: go on with --resume", step)
+        raise KeyboardInterrupt
 
     def _evaluate(self, step: int) -> dict[str, float]:
         figures = self.task.evaluate(step + 1, self.output)
@@ -215,7 +258,7 @@ class Trainer:
         }
         self.task.export(self.output / "checkpoint", provenance)
         if self.ranks.is_main:
-            write_json(self.output / "run.json", provenance)
+            write_json(self.output / RUN_FILE, provenance)
         self.ranks.barrier()  # whoever returns finds everything written
         return figures
 
@@ -224,12 +267,12 @@ class Trainer:
             "step": step,
             "num_broken": self._total_broken(),
             "seconds": self._seconds(),
+            "listing": self.listing,
             "task": self.task.state_dict(),
         }
         if self.ranks.is_main:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomically(self.output / STATE_FILE, buffer.getvalue())
+            save_state(self.output, state)
+        self.saved_step, self.is_saved = step, True
 
     def _append_row(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if self.ranks.is_main:
@@ -251,6 +294,11 @@ class Trainer:
             if os.getpid() != owner:  # a process that decodes images, which the last step still needs
                 return
             if number == signal.SIGINT and self.is_stopping:
+                raise KeyboardInterrupt
+            if self.is_saved and self.ranks.size == 1:  # several ranks stop together, after a step
+                logger.warning(
+                    "%s: stopped, nothing is lost: go on with --resume", signal.Signals(number).name
+                )
                 raise KeyboardInterrupt
             self.is_stopping = True
             logger.warning("%s: stopping after this step", signal.Signals(number).name)
@@ -280,10 +328,20 @@ def _check_finite(step: int, losses: Mapping[str, float]) -> None:
 
 
 def _append_row(file: Path, step: int, values: Mapping[str, float]) -> None:
+    """Add a row to a table. A new column goes behind the others; a cell without a figure stays empty."""
     row = {"step": step + 1, **{name: _rounded(value) for name, value in values.items()}}
-    is_new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n")
+    table = read_table(file)
+    columns = table.columns or list(row)
+    added = [name for name in row if name not in columns]
+    dropped = [name for name in columns if name not in row and table.rows and table.rows[-1][name]]
+    if added:
+        write_table(file, replace(table, columns=[*columns, *added]))
+    if added or dropped:
+        changes = [f"{name} is new" for name in added] + [f"{name} is no longer computed" for name in dropped]
+        logger.warning("%s, from step %d on: %s; cells stay empty", file, step + 1, ", ".join(changes))
+    is_new = not table.columns
+    with file.open("w" if is_new else "a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[*columns, *added], lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)
@@ -294,13 +352,15 @@ def _rounded(value: float) -> float | int:
 
 
 def _keep_rows(output: Path, last_step: int) -> None:
-    """Drop the rows that a killed run wrote after its last saved state."""
+    """Drop the rows that a killed run wrote after its last saved state, and lines that it left cut."""
     for file in (output / "train.csv", output / "validation.csv"):
         if not file.exists():
             continue
-        header, *rows = file.read_text(encoding="utf-8").splitlines()
-        kept = [row for row in rows if int(row.split(",")[0]) <= last_step + 1]
+        table = read_table(file)
+        kept = [row for row in table.rows if int(row["step"]) <= last_step + 1]
+        if table.num_damaged:
+            logger.warning("%s: dropped %d damaged lines", file, table.num_damaged)
         if kept:
-            write_atomically(file, "\n".join([header, *kept]) + "\n")
+            write_table(file, replace(table, rows=kept))
         else:
             file.unlink()
