@@ -3,6 +3,8 @@
 Whatever can be wrong with such a file is a `CheckpointError` of one sentence that names it.
 """
 
+import argparse
+import logging
 import pickle
 import re
 import struct
@@ -21,11 +23,11 @@ from torch import Tensor
 from model.checkpoints import file_sha256
 from model.documents import read_json_object
 from model.errors import CheckpointError
+from model.wrapping import unwrap
+
+logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 256 * 2**20  # statistics of a 64 x 64 grid written as lists take a good part of it
-# Training programs wrap the weights; the wrapped dictionary's names may carry one more prefix each.
-_WRAPPERS = ("model", "module", "state_dict")
-_PREFIXES = ("module.", "decoder.")
 # What torch and pickle raise for bytes that are no pickle of tensors, found by cutting and flipping bytes.
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
@@ -51,6 +53,8 @@ class ForeignTensors:
     files: tuple[Path, ...]
     source: Path
     """What an error names: the file, or the index of several."""
+    notes: tuple[str, ...] = ()
+    """Which of the weights in a file were taken, where there was a choice."""
 
 
 def record_files(*files: Path) -> dict[str, str]:
@@ -91,26 +95,39 @@ def read_folder(folder: Path, *stems: str) -> ForeignTensors:
     )
 
 
-def read_tensors(file: Path) -> ForeignTensors:
+def read_tensors(file: Path, part: str | None = None) -> ForeignTensors:
     """Tensors of a safetensors file, or of a pickle read without running any code.
 
-    A pickle's ``model`` or ``state_dict`` entry is taken where it is wrapped in one.
+    What training programs put around them is taken off (`model.wrapping`); averaged weights come first.
+
+    Args:
+        file: the file.
+        part: of a whole model, the module that is wanted.
 
     Raises:
-        CheckpointError: missing, truncated, corrupt, no dictionary of tensors, or a pickle with code in it.
+        CheckpointError: missing, truncated, corrupt, no dictionary of tensors or several, or a pickle with
+            code in it.
     """
+    return _unwrapped(_read_contents(file), (file,), file, part)
+
+
+def _unwrapped(
+    contents: object, files: tuple[Path, ...], source: Path, part: str | None = None
+) -> ForeignTensors:
+    try:
+        unwrapped = unwrap(contents, part)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{source}: {exc}") from exc
+    for note in unwrapped.notes:
+        logger.info("%s: %s", source, note)
+    return ForeignTensors(unwrapped.tensors, files, source, unwrapped.notes)
+
+
+def _read_contents(file: Path) -> object:
     if not file.is_file():
         what = "is a directory, expected a file" if file.is_dir() else "there is no such file"
         raise CheckpointError(f"{file}: {what}")
-    if file.suffix == ".safetensors":
-        return ForeignTensors(_read_safetensors(file), (file,), file)
-    contents = _unwrap(_read_pickle(file))
-    if not isinstance(contents, dict) or not contents:
-        raise CheckpointError(f"{file}: holds {type(contents).__name__}, expected a dictionary of tensors")
-    for name, value in contents.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{file}: entry {name!r} is {type(value).__name__}, expected a tensor")
-    return ForeignTensors(_strip_prefixes(contents), (file,), file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -124,11 +141,12 @@ def _read_pickle(file: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what comes of them is told below
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # arguments beside the weights
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as exc:
         raise CheckpointError(f"{file}: cannot be read: {exc.strerror or exc}") from exc
     except _UNPICKLING_ERRORS as exc:
-        code = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand|global)\S* ?(\S*)", str(exc))
+        code = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand)\S* ?(\S*)", str(exc))
         if isinstance(exc, pickle.UnpicklingError) and code:
             wanted = code.group(1) or code.group(2) or "something"
             raise CheckpointError(
@@ -142,31 +160,20 @@ def _read_shards(index: Path) -> ForeignTensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: field 'weight_map' does not map tensors to files")
-    shards: dict[str, dict[str, Tensor]] = {}
+    shards: dict[str, Mapping[str, Any]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: field 'weight_map': {name!r} is in {shard!r}, no file name")
         shards.setdefault(shard, {})
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     for shard in shards:
-        shards[shard] = read_tensors(index.parent / shard).tensors
-        tensors |= shards[shard]
+        contents = _read_contents(index.parent / shard)
+        if not isinstance(contents, dict):
+            raise CheckpointError(f"{index.parent / shard}: holds no dictionary of tensors")
+        shards[shard] = contents
+        tensors |= contents
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(f"{index.parent / shard}: tensor {name!r} is missing")
     files = (index, *(index.parent / shard for shard in sorted(shards)))
-    return ForeignTensors(tensors, files, index)
-
-
-def _unwrap(contents: object) -> object:
-    for wrapper in _WRAPPERS:
-        if isinstance(contents, dict) and isinstance(contents.get(wrapper), dict):
-            contents = contents[wrapper]
-    return contents
-
-
-def _strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return dict(tensors)
+    return _unwrapped(tensors, files, index)

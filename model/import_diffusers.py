@@ -77,14 +77,17 @@ def import_autoencoder(folder: Path, name: str, statistics: Path | None = None) 
             "decoder": decoder_state_from_diffusers(sections["decoder"], config),
         }
         latent_statistics = _statistics(foreign_config, sections["buffers"], config.latent_shape)
-    provenance = {"autoencoder": describe_source(CLASS_NAME, config_file, *weights.files)}
+    provenance = {
+        "autoencoder": describe_source(CLASS_NAME, config_file, *weights.files, notes=weights.notes)
+    }
     if fusion_tensors is not None:
         parts["fusion"] = fusion_tensors.tensors
         provenance["fusion"] = describe_source(FUSION_FORMAT, *fusion_tensors.files)
     if statistics is not None:
         latent_statistics = read_statistics(statistics, config.latent_shape)
         provenance["statistics"] = describe_source("RAE", statistics)
-    return assemble(config, parts, latent_statistics, folder, provenance)
+    notes = [f"{weights.source}: {note}" for note in weights.notes]
+    return assemble(config, parts, latent_statistics, folder, provenance, notes)
 
 
 def _refuse_other_folders(fields: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ class _Decoder:
     def read(cls, sources: RaeSources, latent_width: int) -> "_Decoder":
         if isinstance(sources.decoder, DecoderConfig):
             return cls(sources.decoder, None)
-        file = read_tensors(sources.decoder)
+        file = read_tensors(sources.decoder, part="decoder")
         check_finite(file)
         with naming(file.source):
             config = decoder_config_from_state(file.tensors, sources.num_heads)
@@ -123,14 +123,17 @@ def import_rae(sources: RaeSources, name: str) -> Imported:
         encoder_state = encoder_state_from_transformers(weights.tensors, config.encoder)
     parts = {"encoder": encoder_state, "decoder": decoder.state(config, sources.seed)}
     provenance: dict[str, Any] = {
-        "encoder": describe_source(f"transformers {fields['model_type']}", config_file, *weights.files),
+        "encoder": describe_source(
+            f"transformers {fields['model_type']}", config_file, *weights.files, notes=weights.notes
+        ),
         "decoder": {"format": "random", "seed": sources.seed},
     }
     if decoder.file is not None:
-        provenance["decoder"] = describe_source("RAE", *decoder.file.files)
+        provenance["decoder"] = describe_source("RAE", *decoder.file.files, notes=decoder.file.notes)
     if sources.statistics is not None:
         provenance["statistics"] = describe_source("RAE", sources.statistics)
-    return assemble(config, parts, statistics, sources.encoder, provenance)
+    notes = [f"{read.source}: {note}" for read in (weights, decoder.file) if read for note in read.notes]
+    return assemble(config, parts, statistics, sources.encoder, provenance, notes)
 
 
 def _common_grid(sources: RaeSources, decoder: _Decoder) -> int:

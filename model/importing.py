@@ -5,7 +5,7 @@
 Shape legend: C latent width, h w latent grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,10 @@ def check_finite(weights: ForeignTensors) -> None:
             raise CheckpointError(f"{weights.source}: tensor {name!r} holds a NaN or infinite value")
 
 
-def describe_source(kind: str, *files: Path) -> dict[str, Any]:
-    """A source for the provenance: its format, and the sha256 of every file by its name alone."""
-    return {"format": kind, "files": record_files(*files)}
+def describe_source(kind: str, *files: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """A source for the provenance: its format, the sha256 of every file by its name alone, choices made."""
+    source: dict[str, Any] = {"format": kind, "files": record_files(*files)}
+    return {**source, "notes": list(notes)} if notes else source
 
 
 def read_statistics(file: Path, latent_shape: tuple[int, int, int]) -> LatentStatistics:
@@ -92,13 +93,14 @@ def assemble(
     statistics: LatentStatistics | None,
     source: Path,
     provenance: dict[str, Any],
+    notes: Sequence[str] = (),
 ) -> Imported:
     """A frozen tokenizer of translated tensors.
 
     Raises:
         CheckpointError: a tensor is no float type, or is not one of the configuration's.
     """
-    notes: list[str] = []
+    notes = list(notes)
     if min(config.pixel_std) <= 0:
         raise CheckpointError(f"{source}: pixel deviation {list(config.pixel_std)}, expected numbers above 0")
     for part, tensors in parts.items():

@@ -1,7 +1,10 @@
 """Encoders saved by transformers and files of RAE's layout, against the tokenizer made of them."""
 
+import argparse
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from model.config import DecoderConfig
 from model.errors import CheckpointError
 from model.import_rae import RaeSources, import_rae
+from model.importing import Imported
 from model.tokenizer import Tokenizer
 
 WIDTH, GRID, SIDE = 48, 4, 64
@@ -190,6 +194,142 @@ def test_wrapped_and_prefixed_decoders_are_unwrapped(sources, tmp_path):
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
     safe = RaeSources(sources.encoder, tmp_path / "model.safetensors", num_heads=HEADS)
     assert not import_rae(safe, "x").tokenizer.has_statistics
+
+
+WRAPPED_NAMES = [
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.module.",
+    "module.model._orig_mod.decoder.",
+    "decoder._orig_mod.",
+    "_orig_mod.decoder.module.",
+]
+TAKEN = "averaged weights ({!r}) were taken"
+
+
+@pytest.mark.parametrize("prefix", WRAPPED_NAMES)
+def test_names_of_wrappers_are_taken_off_in_any_order(sources, prefix):
+    expected = import_rae(sources, "x").tokenizer.decoder.state_dict()
+    state = torch.load(sources.decoder)
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, sources.decoder)
+    assert_imports_as(sources, expected)
+    save_file(
+        {prefix + name: t.contiguous() for name, t in state.items()},
+        sources.decoder.with_suffix(".safetensors"),
+    )
+    assert_imports_as(replace(sources, decoder=sources.decoder.with_suffix(".safetensors")), expected)
+
+
+def test_compiled_blocks_are_named_within(sources):
+    expected = import_rae(sources, "x").tokenizer.decoder.state_dict()
+    state = torch.load(sources.decoder)
+    inner = {re.sub(r"(decoder_layers\.\d+\.)", r"\1_orig_mod.", name): t for name, t in state.items()}
+    assert inner.keys() != state.keys()
+    torch.save(inner, sources.decoder)
+    assert_imports_as(sources, expected)
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (
+            lambda raw, mean: {"model": raw, "ema": mean, "step": 1},
+            "averaged weights ('ema') beside those of 'model' were taken",
+        ),
+        (
+            lambda raw, mean: {"ema": mean, "model": raw, "optimizer": {"state": {}}},
+            "beside those of 'model'",
+        ),
+        (lambda raw, mean: {"ema": mean}, TAKEN.format("ema")),
+        (lambda raw, mean: {"model_ema": mean, "state_dict": raw}, "'model_ema'"),
+        (
+            lambda raw, mean: {"ema_model": {"state_dict": prefixed("module.", mean)}},
+            TAKEN.format("ema_model"),
+        ),
+        (lambda raw, mean: {"model": {"ema": mean, "model": raw}}, "'ema'"),
+        (
+            lambda raw, mean: {"state_dict": {**prefixed("model.", raw), **prefixed("ema_model.", mean)}},
+            "'ema_model'",
+        ),
+        (
+            lambda raw, mean: {**prefixed("module.", mean), "n_averaged": torch.tensor(3)},
+            TAKEN.format("n_averaged"),
+        ),
+        (
+            lambda raw, mean: {
+                "model": raw,
+                "ema": {**prefixed("module.", mean), "n_averaged": torch.tensor(3)},
+            },
+            "'ema'",
+        ),
+        (
+            lambda raw, mean: {"ema": {**prefixed("decoder.", mean), "encoder.x": torch.zeros(2)}},
+            "of a whole model the decoder",
+        ),
+        (lambda raw, mean: {"ema": mean, "args": argparse.Namespace(lr=1)}, TAKEN.format("ema")),
+    ],
+)
+def test_averaged_weights_come_first_and_it_is_said(sources, wrap, note, caplog):
+    raw = torch.load(sources.decoder)
+    mean = {name: tensor if name == "decoder_pos_embed" else tensor + 1 for name, tensor in raw.items()}
+    torch.save(mean, sources.decoder)
+    expected = import_rae(sources, "x").tokenizer.decoder.state_dict()
+    torch.save(wrap(raw, mean), sources.decoder)
+    with caplog.at_level("INFO"):
+        imported = assert_imports_as(sources, expected)
+    assert note in caplog.text
+    assert any(note in line for line in imported.notes)
+    assert any(note in line for line in imported.provenance["imported"]["decoder"]["notes"])
+
+
+def test_an_average_that_is_none_is_passed_over(sources):
+    expected = import_rae(sources, "x").tokenizer.decoder.state_dict()
+    torch.save(
+        {"model": torch.load(sources.decoder), "ema": {"decay": 0.9}, "ema_model": None}, sources.decoder
+    )
+    assert assert_imports_as(sources, expected).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "expected"),
+    [
+        (lambda raw: {"ema": raw, "model_ema": raw}, "holds several sets of weights, 'ema', 'model_ema'"),
+        (
+            lambda raw: {"model": raw, "state_dict": raw},
+            "holds several sets of weights, 'model', 'state_dict'",
+        ),
+        (lambda raw: {**raw, **prefixed("_orig_mod.", raw)}, "twice, wrapped and not"),
+        (
+            lambda raw: {"generator": raw, "discriminator": raw},
+            "entry 'generator' is dict, expected a tensor",
+        ),
+    ],
+)
+def test_files_with_several_sets_of_weights_are_refused(sources, wrap, expected):
+    torch.save(wrap(torch.load(sources.decoder)), sources.decoder)
+    message = refused(sources)
+    assert message.startswith(f"{sources.decoder}: ")
+    assert expected in message
+
+
+def test_an_encoder_may_be_wrapped_too(sources):
+    expected = import_rae(sources, "x").tokenizer.encoder.state_dict()
+    weights = sources.encoder / "model.safetensors"
+    save_file(prefixed("module._orig_mod.", load_file(weights)), weights)
+    found = import_rae(sources, "x").tokenizer.encoder.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def assert_imports_as(sources: RaeSources, expected: dict[str, Tensor]) -> Imported:
+    imported = import_rae(sources, "x")
+    found = imported.tokenizer.decoder.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    return imported
 
 
 def test_provenance_names_every_file(sources, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -294,3 +295,121 @@ def test_resuming_with_another_recipe_says_what_changed(
     run_phase("phase1", recipe_file, ["num_steps=2"], tmp_path / "run")
     run_phase("phase1", recipe_file, ["num_steps=4"], tmp_path / "run", resume=True)
     assert "resumed with another recipe than before: num_steps changed" in caplog.text
+
+
+STOPPED = """
+import os, signal, sys
+from cli.main import main
+from training.phases import ReconstructionTask
+
+step_once = ReconstructionTask.train_step
+
+def stopping(self, step, batches):
+    if step == 2:
+        for name in sys.argv[1].split(","):
+            os.killpg(0, getattr(signal, name))
+    return step_once(self, step, batches)
+
+ReconstructionTask.train_step = stopping
+sys.exit(main(["train", "phase1", "--config", sys.argv[2], "--output", sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("signals", ["SIGTERM", "SIGTERM,SIGTERM", "SIGINT"])
+def test_signals_to_the_group_save_the_step_under_way(
+    recipe_file: Path, tmp_path: Path, signals: str
+) -> None:
+    """As timeout, systemd and SLURM send them: to the processes that decode images too."""
+    text = recipe_file.read_text().replace("num_workers: 0", "num_workers: 2")
+    recipe_file.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, signals, str(recipe_file), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "drorae: interrupted" in done.stderr
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_killed_loader_process_loses_nothing(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.phases import ReconstructionTask
+
+    step_once = ReconstructionTask.train_step
+
+    def killing(self, step, batches):
+        if step == 2:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.join()
+        return step_once(self, step, batches)
+
+    monkeypatch.setattr(ReconstructionTask, "train_step", killing)
+    options = ["data.num_workers=1", "num_steps=60"]  # more than a loader has ready
+    with pytest.raises(TrainingError, match="a process that decodes images ended before step"):
+        run_phase("phase1", recipe_file, [*options, "checkpoint_every_steps=99"], tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    assert saved == len(rows(tmp_path / "run" / "train.csv")) >= 3
+
+
+def test_validation_that_fails_costs_no_training(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.phases import ReconstructionTask
+
+    def stopped(self, step, directory):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the validation went on")
+
+    monkeypatch.setattr(ReconstructionTask, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_phase("phase1", recipe_file, ["checkpoint_every_steps=99"], tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_damaged_state_resumes_from_the_one_before(
+    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_phase("phase1", recipe_file, [], tmp_path / "run")
+    whole = weights_of(tmp_path / "run" / "checkpoint")
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1000])
+    run_phase("phase1", recipe_file, [], tmp_path / "run", resume=True)
+    assert "state.pt is damaged" in caplog.text
+    assert "resumed" in caplog.text
+    resumed = weights_of(tmp_path / "run" / "checkpoint")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_resuming_with_other_images_says_so(
+    recipe_file: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_phase("phase1", recipe_file, ["num_steps=2"], tmp_path / "run")
+    run_phase("phase1", recipe_file, ["num_steps=3"], tmp_path / "run", resume=True)
+    assert "the list of training images changed" not in caplog.text
+    make_image(99).save(photos / "99.png")
+    run_phase("phase1", recipe_file, ["num_steps=4"], tmp_path / "run", resume=True)
+    assert (
+        "the list of training images changed since the state was saved (12 images then, 13 now)"
+        in caplog.text
+    )
+
+
+def test_an_occupied_directory_is_refused_before_anything_is_loaded(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pt").write_bytes(b"")
+    with pytest.raises(TrainingError, match="holds a run"):
+        run_phase("phase1", recipe_file, ["init=/nowhere", "data.train=[/nowhere]"])
+
+
+def test_a_checkpoint_that_is_not_there_yet_says_how_to_get_one(recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match=r"field 'init': no checkpoint directory at .* --set init=mini"):
+        run_phase("phase1", recipe_file, ["init=runs/tiny/phase0/checkpoint"])
