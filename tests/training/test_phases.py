@@ -382,7 +382,6 @@ def test_a_damaged_state_resumes_from_the_one_before(
     state.write_bytes(state.read_bytes()[:-1000])
     run_phase("phase1", recipe_file, [], tmp_path / "run", resume=True)
     assert "state.pt is damaged" in caplog.text
-    assert "resumed" in caplog.text
     resumed = weights_of(tmp_path / "run" / "checkpoint")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
