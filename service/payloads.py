@@ -51,8 +51,9 @@ _UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream",
 _IMAGE_ALIASES = ("image/*", "image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-tiff")
 _PIXEL_SLACK = 1.0
 _BATCH_DIMENSIONS = 4
-# A body, its parts while they are cut out, text before it is decoded, numbers in another type.
-_READING_COPIES = {MULTIPART: 3, JSON: 4, RAW: 3, NPY: 3, SAFETENSORS: 3}
+# A body with its parts or files, or with its numbers, which may be in another type.
+_READING_COPIES = {MULTIPART: 3, JSON: 2, RAW: 3, NPY: 3, SAFETENSORS: 3}
+_BYTES_OF_JSON_NUMBER = 7  # while it is read: in float32, and twice in the skeleton of the lists
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,17 @@ def declared_items(options: CommonOptions, max_items: int) -> int:
     return num_items
 
 
-def reading_bytes(kind: str, body_bytes: int) -> int:
-    """Most memory that reading a body takes, the body included."""
+def reading_bytes(kind: str, body_bytes: int, max_numbers: int = 0) -> int:
+    """Most memory that reading a body takes, the body included.
+
+    Args:
+        kind: media type that it is read as.
+        body_bytes: its size.
+        max_numbers: of a body of latents, most numbers that it may hold.
+    """
+    if kind == JSON and max_numbers:
+        num_numbers = min(max_numbers, body_bytes // len("0,"))
+        return body_bytes + _BYTES_OF_JSON_NUMBER * num_numbers
     return _READING_COPIES.get(kind, 1) * body_bytes
 
 

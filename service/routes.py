@@ -1,5 +1,6 @@
 """The routes. Each says what it reads and writes; `Pipeline` does the waiting."""
 
+import math
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -88,7 +89,8 @@ async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -
     async with pipeline.admit(request, Operation.DECODE, num_items) as call:
         payload = await call.read()
         kind = latent_body_kind(payload, options)
-        call.hold(reading_bytes(kind, len(payload.data)))
+        max_numbers = max_items * math.prod(tokenizer.config.latent_shape)
+        call.hold(reading_bytes(kind, len(payload.data), max_numbers))
         batch = await call.in_thread(read_latents, payload, kind, options, tokenizer, max_items)
         del payload  # no byte of the body is needed while the latents wait
         call.expect(len(batch.latents))

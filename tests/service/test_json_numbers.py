@@ -15,6 +15,8 @@ from pydantic_core import from_json
 from service import json_numbers
 from service.errors import LatentsError, MalformedError, ServiceError, TooLargeError
 from service.json_numbers import read_numbers, write_numbers
+from service.negotiation import JSON
+from service.payloads import reading_bytes
 
 MAX_SHAPE = (4, 32, 8, 8)
 RELAXED = settings(deadline=None)  # a busy machine is no failure
@@ -152,6 +154,7 @@ def test_any_text_is_read_as_json_or_refused(text: str) -> None:
 
 
 MIB = 1 << 20
+LARGE = (32, 192, 16, 16)
 HOSTILE = {
     "numbers": b"0," * (MIB // 2) + b"0",
     "brackets": b"[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]," * (MIB // 39) + b"0",
@@ -189,6 +192,21 @@ def test_memory_is_bounded_by_the_text(lists: bytes) -> None:
         tracemalloc.stop()
     assert status < 500
     assert peak_bytes < 10 * len(text)
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones(LARGE, np.int8), np.full(LARGE, 0.1), np.ones(math.prod(LARGE), np.int8)]
+)
+def test_memory_is_what_the_request_holds(values: Any) -> None:
+    text = b'{"latents":' + json.dumps(values.tolist(), separators=(",", ":")).encode() + b"}"
+    tracemalloc.start()
+    try:
+        read_numbers(text, len(b'{"latents":'), LARGE)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    slack = 2 * MIB  # of a slice
+    assert len(text) + peak_bytes < reading_bytes(JSON, len(text), values.size) + slack
 
 
 def test_more_numbers_or_lists_than_are_accepted() -> None:
