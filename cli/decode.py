@@ -41,13 +41,16 @@ def add_parser(subparsers: Subparsers) -> None:
         EXAMPLES,
     )
     parser.add_argument(
-        "latents", type=Path, metavar="LATENTS", help="a .safetensors (tensor 'latents'), .npy or .json file"
+        "latents",
+        type=Path,
+        metavar="LATENTS",
+        help="a .safetensors (tensor 'latents'), .npy or .json file; - for stdin",
     )
     parser.add_argument(
         "output",
         type=Path,
         metavar="OUT",
-        help="the picture (.png, .jpg, .webp), or a folder for 0000.png, 0001.png, ...",
+        help="the picture (.png, .jpg, .webp; - for PNG on stdout), or a folder for 0000.png, 0001.png, ...",
     )
     parser.add_argument(
         "--normalize",
@@ -63,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Latents are past the fusion: preparing one would be for nothing, and may be impossible here.
     settings = read_settings(arguments).model_copy(update={"fusion": "reference"})
     output: Path = arguments.output
-    is_picture = output.suffix.lower() in files.PICTURE_FORMATS and not output.is_dir()
+    is_picture = output == files.STANDARD_STREAM or (
+        output.suffix.lower() in files.PICTURE_FORMATS and not output.is_dir()
+    )
     if is_picture:
         files.check_output_file(output, files.PICTURE_FORMATS)
     elif output.suffix and not output.exists():
@@ -82,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         for path, pixels in zip(paths, pictures, strict=True):
             files.write_picture_file(path, pixels)
         done += len(paths)
-    print(f"{output}: {done} picture{'s' if done > 1 else ''} of {tokenizer.config.image_size} pixels")
+    plural = "s" if done > 1 else ""
+    files.say(f"{output}: {done} picture{plural} of {tokenizer.config.image_size} pixels", output)
     return EXIT_OK
 
 

@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 
 from cli import files
-from cli.errors import EXIT_OK, UsageError
+from cli.errors import UsageError
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
 from service.answers import Origin, latents_answer
 from service.devices import load_tokenizer
 from service.negotiation import NPY, SAFETENSORS
 from service.schemas import EncodeOptions
+from training.sources import Sample
 
 MEDIA_TYPES = {".safetensors": SAFETENSORS, ".npy": NPY}
 EXAMPLES = """\
   drorae encode photo.jpg -o latents.safetensors
   drorae encode photos/ one-more.png -o latents.npy --dtype float32
   drorae encode photo.jpg -o base.safetensors --latent base
+  curl -s https://example.com/photo.jpg | drorae encode - -o - > latents.safetensors
 
 The file can be decoded with `drorae decode`, or sent to /decode of a service of the same checkpoint.
 """
@@ -34,12 +36,20 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         "photos to a file of latents",
         "Encode photos into one tensor [N, C, h, w], in the order given; a folder's photos by name.\n"
-        "A .safetensors file also carries which checkpoint made it; a .npy file is the bare numbers.",
+        "A .safetensors file also carries which checkpoint made it; a .npy file is the bare numbers.\n"
+        "A photo that cannot be read is named and left out of the tensor; the exit status is then 3.",
         EXAMPLES,
     )
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="photos, or folders of photos")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="a .safetensors or .npy file"
+        "inputs", type=Path, nargs="+", metavar="IN", help="photos, folders or tars of them; - for stdin"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a .safetensors or .npy file; - for safetensors on stdout",
     )
     files.add_image_options(parser)
     parser.add_argument(
@@ -57,33 +67,36 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Encode; a photo that cannot be read ends it, since the numbering would shift."""
+    """Encode; 3 when some photos could not be read."""
     settings = read_settings(arguments)
     output: Path = arguments.output
     files.check_output_file(output, tuple(MEDIA_TYPES))
-    media_type = MEDIA_TYPES[output.suffix.lower()]
+    media_type = SAFETENSORS if output == files.STANDARD_STREAM else MEDIA_TYPES[output.suffix.lower()]
     if arguments.dtype == "bfloat16" and media_type == NPY:
         raise UsageError(f"{output}: the .npy format has no bfloat16; use --dtype float32 or .safetensors")
     photos = _expand(arguments.inputs)
     tokenizer = load_tokenizer(settings)
     rules = files.image_rules(settings, tokenizer.config.image_size, arguments.fit)
+    has_several = len(arguments.inputs) > 1 or files.is_collection(arguments.inputs[0])
+    reader = files.PhotoReader(rules, has_several)
     encoded = []
-    for batch in files.batches(photos, settings.batch_size, "encode"):
-        images_N3SS = torch.stack([files.read_photo(path, rules) for path in batch])
-        latents_NChw = tokenizer.encode(images_N3SS, arguments.latent, arguments.normalize)
-        encoded.append(latents_NChw.float().cpu())
+    for _, images_B3SS in reader.batches(photos, settings.batch_size, "encode"):
+        latents_BChw = tokenizer.encode(images_B3SS, arguments.latent, arguments.normalize)
+        encoded.append(latents_BChw.float().cpu())
+    latents_NChw = torch.cat(encoded)
     options = EncodeOptions(dtype=arguments.dtype, latent=arguments.latent, normalize=arguments.normalize)
-    answer = latents_answer(torch.cat(encoded), media_type, options, Origin.of(tokenizer))
+    answer = latents_answer(latents_NChw, media_type, options, Origin.of(tokenizer))
     files.write_file(output, bytes(answer.body))
-    shape = [len(photos), *tokenizer.config.latent_shape]
-    print(f"{output}: {arguments.latent} latents {shape}, {arguments.dtype}")
-    return EXIT_OK
+    skipped = f", {reader.num_broken} photos skipped" if reader.num_broken else ""
+    shape = list(latents_NChw.shape)
+    files.say(f"{output}: {arguments.latent} latents {shape}, {arguments.dtype}{skipped}", output)
+    return reader.status
 
 
-def _expand(inputs: list[Path]) -> list[Path]:
+def _expand(inputs: list[Path]) -> list[Sample]:
     photos = []
     for path in inputs:
-        if not path.exists():
+        if path != files.STANDARD_STREAM and not path.exists():
             raise UsageError(f"{path}: No such file or directory")
-        photos += files.find_photos(path) if path.is_dir() else [path]
+        photos += files.find_photos(path) if files.is_collection(path) else [files.single_photo(path)]
     return photos

@@ -15,6 +15,8 @@ from model.errors import ModelError
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_SOME_BROKEN = 3
+"""Done, but for photos that could not be read."""
 EXIT_INTERRUPTED = 130
 
 

@@ -1,5 +1,6 @@
 """Entry point of the ``drorae`` command, and the one place where errors become exit codes."""
 
+import io
 import logging
 import os
 import sys
@@ -19,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        Exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input.
+        Exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input, 3 done but for
+        photos that could not be read.
     """
     from cli.errors import EXIT_FAILED, describe  # with PyTorch, for which `program` prepares the process
     from cli.parser import build_parser
@@ -27,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _drop_output()
         return EXIT_FAILED
     except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
@@ -42,11 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The ``drorae`` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     if "serve" in sys.argv[1:3]:  # --debug may come first
         startup.prepare()
     else:
         limit_threads()
-    status = main()
+    try:
+        status = main()
+    except SystemExit:
+        try:
+            sys.stdout.flush()  # help, for which argparse exits by itself
+        except BrokenPipeError:
+            _drop_output()
+        raise
     if "LOCAL_RANK" in os.environ:
         # One of torchrun's: gloo's threads outlive its groups, and can abort an interpreter that goes away
         # (pytorch/pytorch#179291).
@@ -54,6 +67,11 @@ def program() -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _drop_output() -> None:
+    """Let the interpreter's last flush succeed: the reader of our output, such as head, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unexpected(error: BaseException) -> str:

@@ -27,7 +27,8 @@ first steps:
   drorae decode latents.safetensors out.png
   drorae serve                                the same over HTTP, on 127.0.0.1:8000
 
-exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input
+exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input,
+3 done, but for photos that could not be read (encode, reconstruct)
 """
 
 

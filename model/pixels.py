@@ -1,9 +1,19 @@
 """Pictures as tensors, and the two scales that pixels have: bytes of 0 to 255, and numbers in [0, 1]."""
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from model.errors import ImageError
+
+Images = Tensor | NDArray[Any]
+PIXEL_SLACK = 0.01
+"""How far floats may exceed their range: the rounding of bfloat16 and more. Such values are clamped."""
 
 
 def to_byte_tensor(picture: Image.Image) -> Tensor:
@@ -25,6 +35,62 @@ def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     unit = pixels.to(dtype)
     return unit / 255 if pixels.dtype == torch.uint8 else unit
+
+
+def checked_images(images: Images, side: int) -> Tensor:
+    """Images that a tokenizer can take, as a tensor; what rounding adds to [0, 1] is clamped.
+
+    Args:
+        images: a tensor or NumPy array [B, 3, S, S], uint8, or floating point in [0, 1].
+        side: S.
+
+    Raises:
+        ImageError: of another type, shape or range; says what to do where that can be guessed.
+    """
+    if isinstance(images, np.ndarray):
+        try:
+            images = torch.from_numpy(np.ascontiguousarray(images))
+        except TypeError as exc:
+            raise ImageError(f"images are a NumPy array of {images.dtype}, expected uint8 or floats") from exc
+    if not isinstance(images, Tensor):
+        raise ImageError(
+            f"images are a {type(images).__name__}, expected a tensor or NumPy array [B, 3, {side}, {side}]"
+        )
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+        hint = _shape_hint(images, side)
+        raise ImageError(f"images have shape {list(images.shape)}, expected [B, 3, {side}, {side}]{hint}")
+    if images.dtype == torch.uint8 or not images.numel():
+        return images
+    if not images.is_floating_point():
+        raise ImageError(f"images have dtype {images.dtype}, expected uint8, or floats in [0, 1]")
+    return _clamped(images)
+
+
+def _shape_hint(images: Tensor, side: int) -> str:
+    shape = tuple(images.shape)
+    if shape[-3:] == (side, side, 3):
+        batch = "" if len(shape) == 4 else "[None]"
+        axes = "0, 3, 1, 2"
+        return f": channels come first, as images{batch}.permute({axes}) has them (NumPy: transpose)"
+    return ": one image is a batch too, images[None]" if shape == (3, side, side) else ""
+
+
+def _clamped(images: Tensor) -> Tensor:
+    """Floats in [0, 1], by one reduction that NaN takes over."""
+    low, high = torch.stack(torch.aminmax(images)).tolist()
+    if low >= 0 and high <= 1:
+        return images
+    if low >= -PIXEL_SLACK and high <= 1 + PIXEL_SLACK:
+        return images.clamp(0, 1)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ImageError("images hold a NaN or infinite value")
+    if high > 4:
+        hint = "divide by 255, or pass uint8"
+    elif low < -0.5:
+        hint = "if they are normalised, undo it: images * std + mean, or (images + 1) / 2 for [-1, 1]"
+    else:
+        hint = "clamp what a resize has added: images.clamp(0, 1)"
+    raise ImageError(f"images have values from {low:g} to {high:g}, outside [0, 1]: {hint}")
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ from model.checkpoints import (
 from model.config import TokenizerConfig
 from model.decoder import Decoder
 from model.encoder import Encoder
-from model.errors import CheckpointError, FusionError, ImageError, LatentError
+from model.errors import CheckpointError, FusionError, LatentError
 from model.fusion import Fusion
-from model.pixels import to_unit
+from model.pixels import Images, checked_images, to_unit
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +167,12 @@ class Tokenizer(nn.Module):
         return "none" if self.fusion is None else self.fusion.path
 
     @torch.no_grad()
-    def encode(self, images: Tensor, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
+    def encode(self, images: Images, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
         """Tokenize images.
 
         Args:
-            images: [B, 3, S, S], floating point in [0, 1] or uint8, S = ``config.image_size``; moved to the
-                tokenizer's device.
+            images: [B, 3, S, S], floating point in [0, 1] or uint8, S = ``config.image_size``; a tensor or a
+                NumPy array, moved to the tokenizer's device. What rounding adds to the range is clamped.
             latent: ``enriched`` (z_final) or ``base`` (z_base, the plain last layer).
             normalize: subtract the mean and divide by the deviation of each position.
 
@@ -180,12 +180,17 @@ class Tokenizer(nn.Module):
             [B, C, h, w].
 
         Raises:
-            ImageError: wrong shape or dtype.
+            ImageError: wrong shape or dtype, or values that are no pixels; says what they may be instead.
             LatentError: ``normalize`` without statistics, or with the base latent of a fused tokenizer.
         """
-        self._check_images(images)
+        images = checked_images(images, self.config.image_size)
         if normalize:
             self._check_normalizable(latent)
+        return self.latents(images, latent, normalize)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
+        """`encode` without its checks, which look at every value and wait for the device."""
         tokens = self.tokens(self._unit_range(images), latent)
         latents = tokens.transpose(1, 2).unflatten(2, self.config.latent_shape[1:])
         return self.normalize_latents(latents) if normalize else latents.contiguous()
@@ -209,7 +214,7 @@ class Tokenizer(nn.Module):
             self._check_normalizable("enriched")
         return self.pixels(latents.to(device=self.device, dtype=self.dtype), normalize)
 
-    def reconstruct(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
+    def reconstruct(self, images: Images, latent: LatentKind = "enriched") -> Tensor:
         """``decode(encode(images))``: images as for `encode` to [B, 3, S, S] in [0, 1]."""
         return self.decode(self.encode(images, latent))
 
@@ -261,13 +266,6 @@ class Tokenizer(nn.Module):
         assert self.latent_mean is not None
         assert self.latent_var is not None
         return latents * torch.sqrt(self.latent_var + STATISTICS_EPS) + self.latent_mean
-
-    def _check_images(self, images: Tensor) -> None:
-        side = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise ImageError(f"images have shape {list(images.shape)}, expected [B, 3, {side}, {side}]")
-        if not images.is_floating_point() and images.dtype != torch.uint8:
-            raise ImageError(f"images have dtype {images.dtype}, expected uint8, or floats in [0, 1]")
 
     def _unit_range(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], floats or bytes, on the tokenizer's device, in its dtype and in [0, 1]."""

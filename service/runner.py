@@ -218,7 +218,7 @@ class _Unchecked:
         key, tokenizer = self.key, self.tokenizer
         if key.operation is Operation.DECODE:
             return tokenizer.pixels(batch, key.normalize)
-        latents = tokenizer.encode(batch, key.latent, key.normalize)
+        latents = tokenizer.latents(batch, key.latent, key.normalize)
         return latents if key.operation is Operation.ENCODE else tokenizer.pixels(latents)
 
 

@@ -134,7 +134,8 @@ def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
     assert tokenizer.checkpoint is not None
     latents = _choose_latents(tokenizer, options.latents)
     metrics = Metrics(options.metrics, options.weights, tokenizer.device)
-    samples = spread_samples(list_samples(options.data), options.limit)
+    listing = list_samples(options.data)
+    samples = spread_samples(listing, options.limit)
     workers = default_workers(tokenizer.device) if options.num_workers is None else options.num_workers
     config = PassConfig(
         tokenizer.config.image_size, options.batch_size, "evaluate", workers, options.save_every_s
@@ -148,7 +149,7 @@ def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
     store = ShardStore(options.output and options.output / STATE_FOLDER, identity)
     quality = measure_quality(tokenizer, samples, latents, metrics, config, store, ranks)
     if ranks.is_main:
-        report = Report(tokenizer, samples, metrics, quality)
+        report = Report(tokenizer, samples, metrics, quality, listing.left_out)
         if options.output is not None:
             write_report(report, options.output)
             store.remove()

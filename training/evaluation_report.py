@@ -4,8 +4,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Report:
     samples: Sequence[Sample]
     metrics: Metrics
     quality: Quality
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of files and members of the data that are not among the samples, by the reason."""
 
     def summary(self) -> dict[str, Any]:
         """Everything but the images' own figures; values that are not finite become null."""
@@ -53,6 +55,7 @@ class Report:
             "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
             "num_images": len(self.quality.images),
             "num_broken_images": self.quality.num_broken,
+            "left_out": dict(self.left_out),
             "image_size": self.tokenizer.config.image_size,
             "results": {
                 latent: {name: _number(name, value) for name, value in means.items()}
@@ -86,6 +89,7 @@ class Report:
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         lines = [f"- {titles[name]}: {note}." for name, note in self.notes().items()]
         lines += [f"- {name}: not measured: {reason}." for name, reason in self.metrics.skipped.items()]
+        lines += [f"- left out of the data: {count} x {reason}." for reason, count in self.left_out.items()]
         quality, config = self.quality, self.tokenizer.config
         broken = f", {quality.num_broken} more could not be decoded" if quality.num_broken else ""
         heading = (
@@ -103,7 +107,7 @@ class Report:
             sample = self.samples[image.position]
             for latent, figures in image.figures.items():
                 values = (_text(name, v) for name, v in zip(self.metrics.columns, figures, strict=True))
-                writer.writerow([sample.key, sample.file.name, latent, *values])
+                writer.writerow([sample.key, sample.file_name, latent, *values])
         return stream.getvalue()
 
     def grid(self) -> Image.Image | None:

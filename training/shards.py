@@ -100,7 +100,7 @@ def listing_digest(samples: Sequence[Sample]) -> str:
     """Digest of the listed images by name, place and size, not of their contents."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample.key}\0{sample.file.name}\0{sample.offset}\0{sample.num_bytes}\n".encode())
+        digest.update(f"{sample.key}\0{sample.file_name}\0{sample.offset}\0{sample.num_bytes}\n".encode())
     return digest.hexdigest()
 
 

@@ -114,7 +114,7 @@ class _LatentAccumulator:
         self.moments = PointwiseMoments(tokenizer.config.latent_shape, tokenizer.device)
 
     def add(self, positions: Sequence[int], batch: Batch) -> None:
-        self.moments.update(self.tokenizer.encode(batch.pixels(self.tokenizer.device)))
+        self.moments.update(self.tokenizer.latents(batch.pixels(self.tokenizer.device)))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.moments.tensors("latents"), {}
@@ -159,7 +159,8 @@ def _run_statistics(options: StatisticsOptions, ranks: Ranks) -> int:
         raise TrainingError(f"{options.checkpoint} is bundled with the program: name another --output")
     tokenizer = Tokenizer.load(source, device=resolve_device(options.device))
     assert tokenizer.checkpoint is not None
-    samples = spread_samples(list_samples(options.data), options.limit)
+    listing = list_samples(options.data)
+    samples = spread_samples(listing, options.limit)
     workers = default_workers(tokenizer.device) if options.num_workers is None else options.num_workers
     config = PassConfig(
         tokenizer.config.image_size, options.batch_size, "statistics", workers, options.save_every_s
@@ -169,6 +170,7 @@ def _run_statistics(options: StatisticsOptions, ranks: Ranks) -> int:
     found = measure_statistics(tokenizer, samples, config, store, ranks)
     if ranks.is_main:
         summary = {"checkpoint": tokenizer.config.name, "output": None, **found.summary()}
+        summary["left_out"] = dict(listing.left_out)
         if options.output is not None:
             tokenizer.set_statistics(found.mean, found.var)  # refuses what could not be loaded again
             provenance = {"data": [str(path) for path in options.data], **found.summary()}

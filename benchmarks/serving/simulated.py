@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.config import TokenizerConfig
+from model.pixels import Images
 from model.tokenizer import LatentKind, Tokenizer
 from service.server import run
 from service.settings import Settings
@@ -84,13 +85,13 @@ class SimulatedTokenizer(Tokenizer):
         """The device that this tokenizer's work is done on."""
         return SimulatedDevice(self.config, self.batch_ms)
 
-    def encode(self, images: Tensor, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
+    def encode(self, images: Images, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
         return self.simulated.latents(len(images))
 
     def decode(self, latents: Tensor, normalize: bool = False) -> Tensor:
         return self.simulated.pictures(len(latents))
 
-    def reconstruct(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
+    def reconstruct(self, images: Images, latent: LatentKind = "enriched") -> Tensor:
         return self.simulated.pictures(len(images))
 
 

@@ -84,7 +84,7 @@ def test_broken_photo_of_a_folder_is_skipped_and_counted(reconstruct, photos, br
     target = photos / broken_image.name
     target.write_bytes(broken_image.read_bytes())
     outcome = reconstruct(photos, tmp_path / "out")
-    assert outcome.status == 1
+    assert outcome.status == 3
     assert outcome.err.startswith(f"drorae: skipped {target}: ")
     assert outcome.err.count("\n") == 1
     assert "mean of 3 photos, 1 skipped" in outcome.out

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -107,11 +108,42 @@ def test_statistics_are_checked(tokenizer):
         (torch.rand(1, 1, 64, 64), r"shape \[1, 1, 64, 64\]"),
         (torch.rand(1, 3, 64, 63), r"shape \[1, 3, 64, 63\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int32), "dtype torch.int32"),
+        (torch.rand(3, 64, 64), r"images\[None\]"),
+        (torch.rand(1, 64, 64, 3), r"permute\(0, 3, 1, 2\)"),
+        (np.zeros((2, 64, 64, 3), np.uint8), "channels come first"),
+        (np.zeros((1, 3, 64, 64), object), "NumPy array of object"),
+        (np.zeros((1, 3, 64, 64), np.int64), "dtype torch.int64"),
+        ([[0.0]], "images are a list"),
+        (Image.new("RGB", (64, 64)), "images are a Image, expected a tensor or NumPy array"),
+        (torch.full((1, 3, 64, 64), 255.0), "from 255 to 255, outside .* divide by 255"),
+        (torch.rand(1, 3, 64, 64) * 2 - 1, r"undo it: images \* std \+ mean"),
+        (torch.full((1, 3, 64, 64), 1.1), "clamp"),
+        (torch.full((1, 3, 64, 64), -0.1, dtype=torch.bfloat16), "clamp"),
+        (torch.full((2, 3, 64, 64), float("nan")), "NaN or infinite"),
+        (torch.full((1, 3, 64, 64), float("inf"), dtype=torch.float16), "NaN or infinite"),
     ],
 )
 def test_wrong_images_are_refused(tokenizer, images, message):
-    with pytest.raises(ImageError, match=message):
-        tokenizer.encode(images)
+    for operation in (tokenizer.encode, tokenizer.reconstruct):
+        with pytest.raises(ImageError, match=message):
+            operation(images)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, np.float16])
+def test_numpy_arrays_are_taken(tokenizer, images, dtype):
+    array = images.numpy() * (255 if dtype == np.uint8 else 1)
+    array = np.ascontiguousarray(array.astype(dtype)[..., ::-1])[..., ::-1]  # of negative strides
+    tensor = torch.from_numpy(array.copy())
+    assert torch.equal(tokenizer.encode(array), tokenizer.encode(tensor))
+
+
+def test_what_rounding_adds_is_clamped(tokenizer):
+    images = torch.tensor([-0.002, 1.004]).repeat(96 * 64).view(1, 3, 64, 64)
+    assert torch.equal(tokenizer.encode(images), tokenizer.encode(images.clamp(0, 1)))
+
+
+def test_no_images_give_no_latents_or_a_sentence(tokenizer):
+    assert tokenizer.encode(torch.empty(0, 3, 64, 64)).shape == (0, *tokenizer.config.latent_shape)
 
 
 @pytest.mark.parametrize(
