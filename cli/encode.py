@@ -15,7 +15,6 @@ from service.answers import Origin, latents_answer
 from service.devices import load_tokenizer
 from service.negotiation import NPY, SAFETENSORS
 from service.schemas import EncodeOptions
-from training.sources import Sample
 
 MEDIA_TYPES = {".safetensors": SAFETENSORS, ".npy": NPY}
 EXAMPLES = """\
@@ -68,19 +67,21 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Encode; 3 when some photos could not be read."""
+    from cli import photos  # with training's listing, which serving does not need
+
     settings = read_settings(arguments)
     output: Path = arguments.output
     files.check_output_file(output, tuple(MEDIA_TYPES))
     media_type = SAFETENSORS if output == files.STANDARD_STREAM else MEDIA_TYPES[output.suffix.lower()]
     if arguments.dtype == "bfloat16" and media_type == NPY:
         raise UsageError(f"{output}: the .npy format has no bfloat16; use --dtype float32 or .safetensors")
-    photos = _expand(arguments.inputs)
+    samples = photos.expand_inputs(arguments.inputs)
     tokenizer = load_tokenizer(settings)
     rules = files.image_rules(settings, tokenizer.config.image_size, arguments.fit)
-    has_several = len(arguments.inputs) > 1 or files.is_collection(arguments.inputs[0])
-    reader = files.PhotoReader(rules, has_several)
+    has_several = len(arguments.inputs) > 1 or photos.is_collection(arguments.inputs[0])
+    reader = photos.PhotoReader(rules, has_several)
     encoded = []
-    for _, images_B3SS in reader.batches(photos, settings.batch_size, "encode"):
+    for _, images_B3SS in reader.batches(samples, settings.batch_size, "encode"):
         latents_BChw = tokenizer.encode(images_B3SS, arguments.latent, arguments.normalize)
         encoded.append(latents_BChw.float().cpu())
     latents_NChw = torch.cat(encoded)
@@ -91,12 +92,3 @@ def run(arguments: argparse.Namespace) -> int:
     shape = list(latents_NChw.shape)
     files.say(f"{output}: {arguments.latent} latents {shape}, {arguments.dtype}{skipped}", output)
     return reader.status
-
-
-def _expand(inputs: list[Path]) -> list[Sample]:
-    photos = []
-    for path in inputs:
-        if path != files.STANDARD_STREAM and not path.exists():
-            raise UsageError(f"{path}: No such file or directory")
-        photos += files.find_photos(path) if files.is_collection(path) else [files.single_photo(path)]
-    return photos

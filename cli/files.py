@@ -1,28 +1,21 @@
-"""Files in and out for the commands: photos found and read, results written whole or not at all."""
+"""Files in and out for the commands: results are written whole or not at all."""
 
 import argparse
 import os
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli.errors import EXIT_OK, EXIT_SOME_BROKEN, CommandError, UsageError, os_error_sentence
+from cli.errors import CommandError, UsageError, os_error_sentence
 from model.pictures import Fit
-from model.pixels import to_unit
 from service.decoding import ImageRules
-from service.errors import ServiceError
-from service.images import PictureFormat, read_image, write_picture
+from service.images import PictureFormat, write_picture
 from service.settings import Settings
-from training.errors import DataError
-from training.names import is_tar, printable
-from training.sources import Sample, list_images
 
 T = TypeVar("T")
 
@@ -59,47 +52,6 @@ def image_rules(settings: Settings, side: int, fit: Fit) -> ImageRules:
     return ImageRules(side, settings.max_image_pixels, settings.max_aspect_ratio, fit, settings.max_frames)
 
 
-def find_photos(source: Path, excluded: Path | None = None) -> list[Sample]:
-    """Photos of a folder and its subfolders, or of a tar, listed as everywhere.
-
-    Args:
-        source: where to look.
-        excluded: a subfolder to leave out, such as the one that results go to.
-
-    Raises:
-        UsageError: there are none, or the tar is damaged.
-    """
-    try:
-        listing = list_images([source])
-    except DataError as exc:
-        raise UsageError(str(exc)) from exc
-    found = [sample for sample in listing if excluded is None or not sample.file.is_relative_to(excluded)]
-    if not found:
-        raise UsageError(f"{source}: no photos in this folder: {listing.summary()}")
-    if listing.lacks_photos:
-        print(f"drorae: {source}: {listing.summary()}", file=sys.stderr)
-    return found
-
-
-def is_collection(path: Path) -> bool:
-    """Whether an input holds several photos: a folder, or a tar."""
-    return path.is_dir() or is_tar(path)
-
-
-def single_photo(path: Path) -> Sample:
-    """The photo of one file, or of standard input."""
-    if path == STANDARD_STREAM:
-        return Sample("standard input", path, data=sys.stdin.buffer.read())
-    return Sample(str(path), path)
-
-
-def shown(sample: Sample) -> str:
-    """How messages call a photo."""
-    if sample.file == STANDARD_STREAM or not sample.is_member:
-        return sample.key if sample.file == STANDARD_STREAM else printable(str(sample.file))
-    return f"{printable(str(sample.file))}: {sample.key}"
-
-
 def read_file(path: Path) -> bytes:
     """The bytes of an input file, or of standard input.
 
@@ -110,59 +62,6 @@ def read_file(path: Path) -> bytes:
         return sys.stdin.buffer.read() if path == STANDARD_STREAM else path.read_bytes()
     except OSError as exc:
         raise UsageError(os_error_sentence(exc)) from exc
-
-
-def read_photo(sample: Sample, rules: ImageRules) -> Tensor:
-    """An image file to [3, S, S] float32 in [0, 1], exactly as the service reads it.
-
-    Raises:
-        UsageError: it cannot be read or is no image; names the file.
-    """
-    try:
-        return to_unit(read_image(sample.read(), rules))
-    except OSError as exc:
-        raise UsageError(os_error_sentence(exc)) from exc
-    except ServiceError as exc:
-        raise UsageError(f"{shown(sample)}: {exc.detail}") from exc
-
-
-@dataclass
-class PhotoReader:
-    """Reads photos in batches; of several goes on after those that cannot be read, and counts them."""
-
-    rules: ImageRules
-    has_several: bool
-    num_broken: int = 0
-
-    def batches(
-        self, photos: Sequence[Sample], batch_size: int, title: str
-    ) -> Iterator[tuple[list[Sample], Tensor]]:
-        """The photos that can be read, with their images [B, 3, S, S] float32 in [0, 1].
-
-        Raises:
-            UsageError: the only photo cannot be read.
-            CommandError: none of several can be.
-        """
-        for batch in batches(photos, batch_size, title):
-            samples, images = [], []
-            for sample in batch:
-                try:
-                    images.append(read_photo(sample, self.rules))
-                    samples.append(sample)
-                except UsageError as exc:
-                    if not self.has_several:
-                        raise
-                    self.num_broken += 1
-                    tqdm.write(f"drorae: skipped {exc}", file=sys.stderr)
-            if images:
-                yield samples, torch.stack(images)
-        if self.num_broken == len(photos):
-            raise CommandError(f"none of the {len(photos)} photos could be read")
-
-    @property
-    def status(self) -> int:
-        """The exit status of a command that is done with its photos."""
-        return EXIT_SOME_BROKEN if self.num_broken else EXIT_OK
 
 
 def write_picture_file(path: Path, pixels: Tensor) -> None:

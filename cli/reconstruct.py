@@ -6,15 +6,17 @@ Shape legend: B batch, S image side.
 import argparse
 import os
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import files
 from cli.errors import UsageError
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
 from model.metrics import psnr, ssim
 from service.devices import load_tokenizer
-from training.names import printable
-from training.sources import Sample
+
+if TYPE_CHECKING:
+    from training.sources import Sample
 
 EXAMPLES = """\
   drorae reconstruct photo.jpg out.png
@@ -59,32 +61,36 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Reconstruct; 3 when some photos could not be read."""
+    from cli import photos  # with training's listing, which serving does not need
+
     settings = read_settings(arguments)
-    is_folder = files.is_collection(arguments.input)
+    is_folder = photos.is_collection(arguments.input)
     targets = _folder_targets(arguments) if is_folder else _single_target(arguments)
     tokenizer = load_tokenizer(settings)
     rules = files.image_rules(settings, tokenizer.config.image_size, arguments.fit)
-    reader = files.PhotoReader(rules, has_several=is_folder)
+    reader = photos.PhotoReader(rules, has_several=is_folder)
     tally = Tally()
-    for photos, images_B3SS in reader.batches(list(targets), settings.batch_size, "reconstruct"):
+    for samples, images_B3SS in reader.batches(list(targets), settings.batch_size, "reconstruct"):
         pictures_B3SS = tokenizer.reconstruct(images_B3SS, arguments.latent).float().cpu()
         figures = zip(
             psnr(pictures_B3SS, images_B3SS).tolist(), ssim(pictures_B3SS, images_B3SS).tolist(), strict=True
         )
-        for photo, pixels, (decibels, similarity) in zip(photos, pictures_B3SS, figures, strict=True):
-            target = targets[photo]
+        for sample, pixels, (decibels, similarity) in zip(samples, pictures_B3SS, figures, strict=True):
+            target = targets[sample]
             if target != files.STANDARD_STREAM:
                 target.parent.mkdir(parents=True, exist_ok=True)
             files.write_picture_file(target, pixels)
             tally.psnr_db.append(decibels)
             tally.ssim.append(similarity)
-            files.say(f"{files.shown(photo)}: PSNR {decibels:.2f} dB, SSIM {similarity:.4f}", target)
+            files.say(f"{photos.shown(sample)}: PSNR {decibels:.2f} dB, SSIM {similarity:.4f}", target)
     if is_folder:
         print(_summary(tally, reader.num_broken))
     return reader.status
 
 
-def _single_target(arguments: argparse.Namespace) -> dict[Sample, Path]:
+def _single_target(arguments: argparse.Namespace) -> "dict[Sample, Path]":
+    from cli import photos
+
     source, target = arguments.input, arguments.output
     is_stream = source == files.STANDARD_STREAM
     if not is_stream and not source.exists():
@@ -94,29 +100,21 @@ def _single_target(arguments: argparse.Namespace) -> dict[Sample, Path]:
     files.check_output_file(target, files.PICTURE_FORMATS)
     if not is_stream and target.exists() and os.path.samefile(source, target):
         raise UsageError(f"{target}: the output would replace the input")
-    return {files.single_photo(source): target}
+    return {photos.single_photo(source): target}
 
 
-def _folder_targets(arguments: argparse.Namespace) -> dict[Sample, Path]:
+def _folder_targets(arguments: argparse.Namespace) -> "dict[Sample, Path]":
+    from cli import photos
+
     source, target = arguments.input, arguments.output
     if target == files.STANDARD_STREAM or target.suffix.lower() in files.PICTURE_FORMATS or target.is_file():
-        raise UsageError(f"{target}: the input is a folder or a tar, so the output must be a folder")
+        raise UsageError(f"{target}: the input is a folder (or a tar), so the output must be one too")
     if target.exists() and os.path.samefile(source, target):
         raise UsageError(f"{target}: the output folder is the input folder")
-    photos = files.find_photos(source, excluded=target)
+    samples = photos.find_photos(source, excluded=target)
     files.make_folder(target)
-    return {photo: target / f"{_name(photo, source)}{files.DEFAULT_PICTURE_SUFFIX}" for photo in photos}
-
-
-def _name(photo: Sample, source: Path) -> Path:
-    """What a photo is called below its source, with its suffix where another photo differs in that alone.
-
-    A tar is a folder, and no member's name leads out of it.
-    """
-    name = photo.file.relative_to(source)
-    if photo.is_member:
-        return name.joinpath(*(part for part in PurePosixPath(photo.key).parts if part not in ("/", "..")))
-    return name if photo.key == printable(str(name)) else name.with_suffix("")
+    suffix = files.DEFAULT_PICTURE_SUFFIX
+    return {sample: target / f"{photos.output_name(sample, source)}{suffix}" for sample in samples}
 
 
 def _summary(tally: Tally, num_skipped: int) -> str:

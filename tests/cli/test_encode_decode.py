@@ -91,7 +91,7 @@ def test_encoding_refuses_what_it_cannot_do(
     refused, checkpoint, other_checkpoint, photo, broken_image, tmp_path
 ):
     output, use = tmp_path / "out.safetensors", ("--checkpoint", checkpoint)
-    assert f"{broken_image}: " in refused("encode", photo, broken_image, "-o", output, *use)
+    assert f"{broken_image}: " in refused("encode", broken_image, "-o", output, *use)
     assert "no-photo.jpg: No such file" in refused("encode", "no-photo.jpg", "-o", output, *use)
     assert "must end in one of .safetensors, .npy" in refused("encode", photo, "-o", tmp_path / "o.pt", *use)
     assert "no bfloat16" in refused("encode", photo, "-o", tmp_path / "o.npy", "--dtype", "bfloat16", *use)
