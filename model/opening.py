@@ -128,9 +128,10 @@ def _open_png(data: bytes) -> OpenPicture:
         assert png.wide_key is not None
         with PngImageFile(io.BytesIO(png.data)) as low:
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
-            low_bytes = np.asarray(low, dtype=np.uint16)
-        colours = np.asarray(image, dtype=np.uint16) << 8 | low_bytes
-        is_opaque = (colours != png.wide_key).any(axis=-1)
+            low_bytes = np.asarray(low)
+        key_high, key_low = np.divmod(png.wide_key, 256)
+        is_opaque = (np.asarray(image) != key_high.astype(np.uint8)).any(axis=-1)
+        is_opaque |= (low_bytes != key_low.astype(np.uint8)).any(axis=-1)
         image.info.pop("transparency", None)
         image.putalpha(Image.fromarray(is_opaque.astype(np.uint8) * 255))
         return image

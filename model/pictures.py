@@ -101,8 +101,10 @@ def narrow(picture: Image.Image, white: int = 65535, is_negative: bool = False) 
         white: the value of white.
         is_negative: whether white is 0 instead, and ``white`` black.
     """
-    values = np.asarray(picture).astype(np.float32)
-    grey = np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8)
+    values = np.asarray(picture)
+    scaled = values * np.float32(255 / white)
+    np.clip(scaled, 0, 255, out=scaled)
+    grey = np.rint(scaled, out=scaled).astype(np.uint8)
     if is_negative:
         grey = 255 - grey
     transparency = picture.info.get("transparency")
