@@ -16,21 +16,26 @@ def num_cpus(root: Path = Path("/")) -> int:
     Args:
         root: where ``proc`` and ``sys`` are.
     """
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        allowed = os.cpu_count() or 1
-    return max(1, min(allowed, *(int(quota) for quota in _quotas(root)), allowed))
+    return max(1, min([_allowed_cpus(), *map(int, _quotas(root))]))
 
 
-def limit_threads(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP use the CPUs that there are, and wait without spinning for long. What is set already stays.
+def limit_threads(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
+    """Let OpenMP heed the quota, and wait without spinning for long. What is set already stays.
 
     By default a thread that waits for the others of its team spins for milliseconds. Beside other processes
     those it waits for then lack the CPU: a load of ``mini`` took 17 s instead of 0.3 on two busy cores.
     """
     environment.setdefault("GOMP_SPINCOUNT", "1000")
-    environment.setdefault("OMP_NUM_THREADS", str(num_cpus()))
+    cpus = num_cpus(root)
+    if cpus < _allowed_cpus():  # PyTorch heeds the affinity by itself, and takes one thread a core
+        environment.setdefault("OMP_NUM_THREADS", str(cpus))
+
+
+def _allowed_cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -291,7 +291,7 @@ class Engine:
         self._allow_for_slowness()
 
     def _allow_for_slowness(self) -> None:
-        """Say which batch sizes were left out; where even the smallest is slow, it gets more time."""
+        """Say which batch sizes were left out; where what is left is still slow, it gets more time."""
         settings = self._settings
         advice = f"too slow here for hang_timeout_s={settings.hang_timeout_s:g}"
         if self.batch_size < settings.batch_size:
@@ -302,7 +302,7 @@ class Engine:
         needed_s = SLACK * max(worker.batch_s for worker in self._workers)
         if needed_s > self._batch_limit_s:
             self._batch_limit_s = needed_s
-            logger.warning("even the smallest batch is %s: it may take %.3g s", advice, needed_s)
+            logger.warning("a batch of %d is %s: it may take %.3g s", self.batch_size, advice, needed_s)
 
     def _probe(self, runner: Runner) -> None:
         key = BatchKey(Operation.RECONSTRUCT)

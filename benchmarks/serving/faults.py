@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("scenario", nargs="?", choices=(*SCENARIOS, "all"), default="all")
     parser.add_argument("--quick", action="store_true", help="small versions, for a look")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--count", type=positive, metavar="N", help="bodies of the fuzz (default: 10000)")
+    parser.add_argument("--count", type=positive, metavar="N", help="bodies of the fuzz, or starts")
     parser.add_argument("--minutes", type=float, metavar="M", help="length of the soak (default: 10)")
     parser.add_argument(
         "--photos", type=Path, metavar="PATH", help="tar or folder of photos (default: the samples)"

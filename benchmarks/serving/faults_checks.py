@@ -15,7 +15,7 @@ class Options:
         seed: of everything random.
         quick: small versions, which show that a scenario works and measure little.
         photos: tar or folder of image files; None takes the samples.
-        count: bodies of the fuzz; None takes the scenario's own number.
+        count: bodies of the fuzz, or starts; None takes the scenario's own number.
         minutes: length of the soak; None takes the scenario's own.
         schemathesis: its executable; None looks for it in PATH.
         settings: of the service, by field name, over the scenario's own.

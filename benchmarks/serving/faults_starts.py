@@ -20,7 +20,7 @@ _READY_S = 600.0
 def run_starts(options: Options) -> list[Check]:
     """The scenario: `NUM_STARTS` services, one after the other, beside a busy loop on every CPU."""
     findings = Findings("starts")
-    num_starts = QUICK_STARTS if options.quick else NUM_STARTS
+    num_starts = options.count or (QUICK_STARTS if options.quick else NUM_STARTS)
     settings = {"log_level": "error", **options.settings}
     times_s: list[float] = []
     num_orderly = 0

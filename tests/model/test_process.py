@@ -71,10 +71,17 @@ def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
     assert num_cpus(tmp_path) == 16
 
 
-def test_threads_are_limited_where_nothing_is_set() -> None:
-    environment = {"OMP_NUM_THREADS": "3"}
-    limit_threads(environment)
-    assert environment == {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "1000"}
+@pytest.mark.parametrize(
+    ("before", "quota", "num_threads"),
+    [({}, "max", None), ({}, "400000", "4"), ({"OMP_NUM_THREADS": "3"}, "400000", "3")],
+)
+def test_openmp_heeds_the_quota_where_nothing_is_set(
+    tmp_path: Path, before: dict[str, str], quota: str, num_threads: str | None
+) -> None:
+    environment = dict(before)
+    limit_threads(environment, make_root(tmp_path, "0::/", {"sys/fs/cgroup/cpu.max": f"{quota} 100000"}))
+    assert environment.get("OMP_NUM_THREADS") == num_threads
+    assert environment["GOMP_SPINCOUNT"] == "1000"
 
 
 @pytest.mark.parametrize("module", ["model.process", "service.startup", "cli.main"])
