@@ -61,6 +61,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_DRAIN_INTERVAL_S)
         if admission.num_requests > 0:
             await self._give_up()
+        self.force_exit = False  # what is left is short, and in order
         # New connections are turned away by the system, those that wait are accepted, and what open ones
         # still send is refused by an answer that closes them. Closing the listener would reset both.
         for listener in sockets or []:
