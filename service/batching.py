@@ -71,11 +71,12 @@ class Job:
         self.future: Future[Tensor] = Future()
         self.future.set_running_or_notify_cancel()
         self.tickets = [Ticket(self, index, tensor) for index, tensor in enumerate(inputs)]
+        self._num_items = len(self.tickets)
         self._results: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.tickets)
+        return self._num_items
 
     @property
     def settled(self) -> bool:
@@ -85,10 +86,13 @@ class Job:
     def deliver(self, index: int, result: Tensor) -> None:
         """Note the result of one item; the last one settles the job."""
         with self._lock:
-            self._results[index] = result
-            if self.future.done() or len(self._results) < len(self.tickets):
+            if self.future.done():
                 return
-            ordered = [self._results[i] for i in range(len(self.tickets))]
+            self._results[index] = result
+            if len(self._results) < len(self):
+                return
+            ordered = [self._results[i] for i in range(len(self))]
+            self._results.clear()
             self.future.set_result(ordered[0][None] if len(ordered) == 1 else torch.stack(ordered))
 
     def fail(self, error: Exception) -> bool:
@@ -99,6 +103,14 @@ class Job:
             self._results.clear()
             self.future.set_exception(error)
             return True
+
+    def release(self) -> None:
+        """Let go of the items that no device has, once the outcome was taken.
+
+        They and the job hold each other: until the garbage collector came by, they would outlive the request.
+        """
+        with self._lock:
+            self.tickets.clear()
 
 
 @dataclass(frozen=True, eq=False)

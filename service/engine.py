@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
+from weakref import WeakSet
 
 import torch
 
@@ -90,7 +91,7 @@ class Engine:
         self._on_failure = on_failure
         self._on_ready = on_ready
         self._queue = FairQueue()
-        self._jobs: set[Job] = set()
+        self._jobs: WeakSet[Job] = WeakSet()
         self._tokenizer: Tokenizer | None = None
         self._state = EngineState.LOADING
         self._lock = threading.Lock()
@@ -165,7 +166,6 @@ class Engine:
             if self._state not in (EngineState.READY, EngineState.DRAINING) or self._tokenizer is None:
                 raise self.unavailable()
             self._jobs.add(job)
-        job.future.add_done_callback(lambda _: self._jobs.discard(job))
         self._queue.put(job)
 
     def cancel(self, job: Job, error: Exception, outcome: str = "cancelled") -> None:
@@ -205,7 +205,9 @@ class Engine:
 
     def fail_jobs(self, error: UnavailableError) -> None:
         """Settle every job that is not settled yet with an error."""
-        for job in list(self._jobs):
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
             self.cancel(job, error, "failed")
 
     def unavailable(self) -> UnavailableError:

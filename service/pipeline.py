@@ -246,6 +246,8 @@ class Call:
             outcome = "expired" if expired else "cancelled"
             engine.cancel(job, UnavailableError("Nobody waits for it."), outcome)
             raise
+        finally:
+            job.release()
         times = job.times
         self._context.record("queue", times.enqueued_s, times.taken_s)
         self._context.record("batch", times.taken_s, times.started_s)
