@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from service.errors import (
 )
 
 _MAX_LENGTH_DIGITS = 18
+_HEAP_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ async def read_body(request: Request, limits: BodyLimits, hold: Callable[[int], 
         TooLargeError: more than ``limits.max_bytes``.
     """
     loop = asyncio.get_running_loop()
-    body = io.BytesIO()  # grows in place, and gives what it has without a copy
+    body = _Buffer(limits.max_bytes)
     until_s = loop.time() + limits.timeout_s
     try:
         async with asyncio.timeout_at(until_s) as timeout:
             async for chunk in request.stream():
-                num_bytes = body.tell() + len(chunk)
+                num_bytes = len(body) + len(chunk)
                 if num_bytes > limits.max_bytes:
                     raise _too_large(limits.max_bytes)
                 hold(num_bytes)
@@ -92,9 +94,39 @@ async def read_body(request: Request, limits: BodyLimits, hold: Callable[[int], 
             f"The body came too slowly: it may pause for {limits.timeout_s:g} s, "
             f"and has at least {limits.bytes_per_s} bytes a second."
         ) from exc
-    if body.tell() == 0:
+    if len(body) == 0:
         raise MalformedError("The body is empty.")
-    return body.getvalue()
+    return body.take()
+
+
+class _Buffer:
+    """Bytes that come one after the other.
+
+    Many are kept in pages of their own, which take no memory until they are written and give it back at once:
+    a heap in which several large bodies grow side by side keeps twice their size.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes: io.BytesIO | mmap.mmap = io.BytesIO()
+
+    def __len__(self) -> int:
+        return self._bytes.tell()
+
+    def write(self, chunk: bytes) -> None:
+        """Append, up to ``max_bytes`` in all."""
+        if isinstance(self._bytes, io.BytesIO) and len(self) + len(chunk) > _HEAP_BYTES:
+            pages = mmap.mmap(-1, self._max_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.write(self._bytes.getvalue())
+            self._bytes = pages
+        self._bytes.write(chunk)
+
+    def take(self) -> bytes:
+        """All of it; the buffer is of no use after."""
+        if isinstance(self._bytes, io.BytesIO):
+            return self._bytes.getvalue()
+        with self._bytes as pages:
+            return pages[: len(self)]
 
 
 def media_type_of(request: Request) -> tuple[str, dict[bytes, bytes]]:
