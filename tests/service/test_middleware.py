@@ -12,11 +12,12 @@ import pytest
 
 from model.tokenizer import Tokenizer
 from service.app import create_app
+from service.auth import ApiKeys
 from service.context import RequestContext
 from service.errors import OptionError
 from service.logs import ACCESS_FIELDS
 from service.metrics import Metrics
-from service.middleware import RequestMiddleware, parse_timeout_s
+from service.middleware import SLICE_BYTES, GateMiddleware, RequestMiddleware, parse_timeout_s
 from service.settings import Settings
 
 Check = Callable[..., dict[str, Any]]
@@ -225,8 +226,52 @@ def test_a_preflight_needs_no_key(cross_origin: httpx.Client) -> None:
         {"origin": ORIGIN, "headers": "x-other"},
     ],
 )
-def test_other_preflights_are_refused(cross_origin: httpx.Client, refused: dict[str, str]) -> None:
-    assert preflight(cross_origin, **refused).status_code == 400
+def test_other_preflights_are_refused(
+    cross_origin: httpx.Client, refused: dict[str, str], check_problem: Check
+) -> None:
+    response = preflight(cross_origin, **refused)
+    check_problem(response, 400, "malformed", "Disallowed CORS")
+    assert "Origin" in response.headers["vary"]
+
+
+def test_answers_are_sent_in_slices() -> None:
+    """What a client leaves unread waits in its request, where it is counted, not in the connection."""
+    body = bytes(range(256)) * 1024
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async def ask() -> list[dict[str, Any]]:
+        parts = []
+
+        async def send(message: dict[str, Any]) -> None:
+            parts.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+        await RequestMiddleware(app, 1.0, Metrics(), ())(scope, send, send)  # type: ignore[arg-type]
+        return parts[1:]
+
+    parts = asyncio.run(ask())
+    assert b"".join(part["body"] for part in parts) == body
+    assert max(len(part["body"]) for part in parts) == SLICE_BYTES
+    assert [part["more_body"] for part in parts] == [True, True, True, False]
+
+
+def test_a_request_that_is_cancelled_gets_an_answer(check_problem: Check) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(30)
+
+    async def ask() -> httpx.Response:
+        gate = GateMiddleware(app, ApiKeys(Settings()), 60.0)
+        wrapped = RequestMiddleware(gate, 1.0, Metrics(), ())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=wrapped)) as client:
+            return await client.get("http://service/")
+
+    check_problem(asyncio.run(ask()), 503, "unavailable", "stopped")
 
 
 def test_refusals_can_be_read_by_the_page(cross_origin: httpx.Client, check_problem: Check) -> None:

@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,50 @@ def test_what_outlasts_the_drain_is_told_so(applications: list[Any], gated: Any,
     assert status == 0
     assert response.status_code == 503
     assert "stopped before this was done" in response.json()["detail"]
+
+
+def test_the_drain_ends_under_every_client(
+    applications: list[Any], gated: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Uploads get 503 at its deadline; what cannot be answered any more is closed."""
+    upload = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+    latents = bytes(64 * 32 * 8 * 8 * 2)
+    query = b"dtype=float16&shape=64&shape=32&shape=8&shape=8&format=raw&output_dtype=float32"
+    decode = b"POST /decode?%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (query, len(latents))
+
+    def act(running: Running) -> tuple[list[bytes], float]:
+        with ExitStack() as stack:
+            clients = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=30))
+                for _ in range(5)
+            ]
+            silent, trickling, half, reader, _ = clients
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            silent.sendall(upload)
+            trickling.sendall(upload + b"abc")
+            half.sendall(b"GET /livez HT")
+            reader.sendall((decode + latents) * 5)
+            admission = applications[0].state.pipeline.admission
+            deadline_s = time.monotonic() + 30
+            while admission.num_requests < 3 or admission._bytes < 64 * 3 * 64 * 64 * 4:
+                assert time.monotonic() < deadline_s
+            os.kill(os.getpid(), signal.SIGTERM)
+            began_s = time.monotonic()
+            answers = []
+            for client in (silent, trickling):
+                answer = b""
+                while chunk := client.recv(65536):
+                    answer += chunk
+                answers.append(answer)
+            return answers, began_s
+
+    status, (answers, began_s) = Running(applications, gated, act).serve(drain_timeout_s=0.5)
+    assert time.monotonic() - began_s < 10
+    assert status == 0
+    for answer in answers:
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"application/problem+json" in answer
+    assert not [entry for entry in caplog.records if entry.exc_info]
 
 
 def test_a_hung_engine_ends_the_service(
