@@ -35,7 +35,7 @@ MAX_STALLS = 4
 """Checks in a row at which a decoder that has something to do made no progress: it is replaced then."""
 
 _ROOT = Path(__file__).parent.parent
-_END_S = 0.5  # how long a decoder may take to end by itself
+_END_S = 1.0  # how long a decoder may take to end by itself
 _CLOCK_HZ = os.sysconf("SC_CLK_TCK")
 
 
