@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format mini clean
+.PHONY: help serve test portable check format mini clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -15,6 +15,17 @@ serve: $(VENV)/.runtime  ## start the service on the bundled checkpoint (DRORAE_
 
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest
+
+# As a CPU with AVX2 and no AVX-512 computes: PyTorch's kernels, oneDNN, MKL, and NumPy's OpenBLAS, by which
+# Triton's interpreter multiplies.
+AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	OPENBLAS_CORETYPE=Haswell
+NUMERICAL := tests/kernels/test_reference.py tests/kernels/test_folded.py tests/kernels/test_fused.py \
+	$(addprefix tests/model/test_,fusion.py folding.py vit.py encoder.py decoder.py tokenizer.py) \
+	tests/training/test_losses.py tests/training/test_distributed.py
+
+portable: $(VENV)/.dev  ## run the numerical tests on AVX2 alone
+	$(AVX2_ONLY) $(BIN)/python -m pytest $(NUMERICAL)
 
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .
