@@ -271,7 +271,9 @@ class Tokenizer(nn.Module):
         """Images [B, 3, S, S], floats or bytes, on the tokenizer's device, in its dtype and in [0, 1]."""
         return to_unit(images.to(self.device).contiguous(), self.dtype)
 
-    def _check_latents(self, latents: Tensor) -> None:
+    def _check_latents(self, latents: object) -> None:
+        if not isinstance(latents, Tensor):
+            raise LatentError(f"latents are a {type(latents).__name__}, expected a tensor (torch.from_numpy)")
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.config.latent_shape:
             channels, rows, columns = self.config.latent_shape
             raise LatentError(

@@ -208,7 +208,7 @@ class PositionSampler(Sampler[int]):
             first += self.batch_size
 
 
-def list_training_images(config: DataConfig) -> list[Sample]:
+def list_training_images(config: DataConfig) -> Sequence[Sample]:
     """The images of ``config.train``, which may take minutes to list.
 
     Raises:

@@ -152,6 +152,7 @@ def test_no_images_give_no_latents_or_a_sentence(tokenizer):
         (torch.rand(32, 4, 4), r"shape \[32, 4, 4\], expected \[B, 32, 4, 4\]"),
         (torch.rand(1, 768, 16, 16), r"shape \[1, 768, 16, 16\], expected \[B, 32, 4, 4\]"),
         (torch.zeros(1, 32, 4, 4, dtype=torch.int64), "dtype torch.int64"),
+        (np.zeros((1, 32, 4, 4), np.float32), "latents are a ndarray, expected a tensor"),
         (torch.full((1, 32, 4, 4), float("nan")), "latent 0 holds a NaN"),
         (torch.cat([torch.zeros(2, 32, 4, 4), torch.full((1, 32, 4, 4), float("-inf"))]), "latent 2 holds"),
     ],
