@@ -36,6 +36,7 @@ _START_S = 5.0
 _MAX_FAILED_STARTS = 3  # in a row, after which nobody waits for a decoder
 _SLOW_S = 0.5  # of an image: its request is served like one of large images
 _CHECKS_PER_TIMEOUT = 4
+_LEAST_CHECK_S = 0.1  # the system counts CPU time in steps of 10 ms
 _MANY_PARTS = 4  # whose headers are read in a thread
 
 
@@ -266,7 +267,7 @@ class Decoders:
     async def _watch(self) -> None:
         """Replace decoders that make no progress; what they had is then tried again or fails."""
         while True:
-            await asyncio.sleep(self._timeout_s / _CHECKS_PER_TIMEOUT)
+            await asyncio.sleep(max(self._timeout_s / _CHECKS_PER_TIMEOUT, _LEAST_CHECK_S))
             for link in list(self._links):
                 if not link.check_progress():
                     logger.error("a decoder made no progress for %g s and is replaced", self._timeout_s)

@@ -88,7 +88,7 @@ def run(test: Test, processes: int = 2, timeout_s: float = 30, limits: PixelLimi
 
     async def main() -> None:
         metrics = Metrics()
-        async with asyncio.timeout(60), pool(metrics) as decoders:
+        async with asyncio.timeout(180), pool(metrics) as decoders:
             await test(decoders, metrics)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
