@@ -4,6 +4,7 @@
 way still needs its images then, and the trainer lets its workers go when it is done.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -26,8 +28,17 @@ def iterate(loader: "DataLoader[Any]") -> "Iterator[Any]":
     """
     if not loader.num_workers:
         return iter(loader)
+    before = set(multiprocessing.active_children())
     with _signals_held_back(), _child_handler_kept():
-        return iter(loader)
+        batches = iter(loader)
+    # An exit would ask them to terminate and then wait for ever; this runs before PyTorch's own waiting.
+    atexit.register(_kill, set(multiprocessing.active_children()) - before)
+    return batches
+
+
+def _kill(workers: set[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def ignore_signals(worker: int) -> None:

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/training/ranks.py JOBS.json
 
 A job names a phase, its recipe, output and overrides; ``fault`` is what befalls it: ``cut`` stops every rank
-before step 4, ``killed`` kills rank 1 before step 3.
+before step 4, ``killed`` kills rank 1 before step 3, ``terminated`` asks rank 0 and its group to stop then.
 """
 
 import json
@@ -30,6 +30,8 @@ def strike(fault: str, step: int, rank: int) -> None:
         raise CutError
     if fault == "killed" and step == 3 and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "terminated" and step == 3 and rank == 0:
+        os.killpg(os.getpid(), signal.SIGTERM)  # with the processes that decode its images
 
 
 def run_job(job: dict[str, Any]) -> int:

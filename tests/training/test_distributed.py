@@ -227,6 +227,15 @@ def test_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
     assert not (output / "checkpoint").exists()
 
 
+def test_a_signal_to_one_ranks_group_saves_the_step_of_all(tmp_path: Path) -> None:
+    recipe = write_recipes(tmp_path)["reconstruction"]
+    output = tmp_path / "run"
+    job = Job("phase1", recipe, str(output), ["data.num_workers=1"], fault="terminated")
+    result = launch(tmp_path / "jobs.json", [job])
+    assert "stopped after step 4, which is saved" in result.stderr
+    assert torch.load(output / "state.pt", weights_only=True)["step"] == 4
+
+
 def test_command_line_under_torchrun_names_the_field(tmp_path: Path) -> None:
     recipe = write_recipes(tmp_path)["reconstruction"]
     command = ["-m", "cli.main", "train", "phase2", "--config", recipe, "--set", "batch_size=3"]

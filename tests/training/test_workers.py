@@ -67,6 +67,21 @@ def test_workers_outlive_signals_to_the_group_but_not_their_parent(
         time.sleep(0.1)
 
 
+def test_an_exit_with_an_unfinished_stream_does_not_wait_for_its_workers(photos: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from training.data import random_crop, training_batches\n"
+        "from training.recipe import DataConfig\n"
+        "data = DataConfig(train=[Path(sys.argv[1])], resize_short_side=(32, 40), num_workers=2)\n"
+        "stream = training_batches(data, random_crop(data, 32), 4, seed=0, start_batch=0)\n"
+        "next(stream)\n"
+        "raise SystemExit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(photos)], cwd=ROOT, timeout=200, check=False)
+    assert done.returncode == 3
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that nobody has waited for does not."""
     try:
