@@ -58,7 +58,7 @@ class Decoders:
         self._metrics = metrics
         self._limits = limits or PixelLimits()
         self._room = PixelRoom(self._limits, num_processes, metrics)
-        self._links: list[DecoderLink] = []
+        self._decoders: list[DecoderLink] = []
         self._waiting: OrderedDict[ImageRequest, None] = OrderedDict()  # they take turns, the first is next
         self._num_failed_starts = 0  # since a decoder last answered
         self._closed = False
@@ -68,7 +68,7 @@ class Decoders:
     @property
     def is_ready(self) -> bool:
         """Whether a decoder is alive and answers."""
-        return any(link.responds for link in self._links)
+        return any(link.responds for link in self._decoders)
 
     async def start(self) -> None:
         """Start the processes and wait, within reason, until one is ready or has failed.
@@ -131,10 +131,10 @@ class Decoders:
             task.cancel()
         error = UnavailableError("The service stopped before this was done.")
         self._fail_waiting(error)
-        for link in self._links:
+        for link in self._decoders:
             for job in link.jobs:
                 job.fail(error)
-        await asyncio.gather(*(asyncio.to_thread(link.end) for link in self._links))
+        await asyncio.gather(*(asyncio.to_thread(link.end) for link in self._decoders))
 
     async def _judge(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[int]:
         if len(parts) > _MANY_PARTS:
@@ -153,7 +153,7 @@ class Decoders:
         except OSError as exc:
             self._start_failed(f"no decoder could be started: {exc}")
             return
-        self._links.append(link)
+        self._decoders.append(link)
         await link.connect()
 
     def _start_failed(self, reason: str) -> None:
@@ -166,7 +166,9 @@ class Decoders:
         self._keep(self._add(pause_s))
 
     def _has_given_up(self) -> bool:
-        return self._num_failed_starts >= _MAX_FAILED_STARTS and not any(link.ready for link in self._links)
+        return self._num_failed_starts >= _MAX_FAILED_STARTS and not any(
+            link.ready for link in self._decoders
+        )
 
     def _fail_waiting(self, error: UnavailableError) -> None:
         for request in self._waiting:
@@ -180,7 +182,7 @@ class Decoders:
 
     def _assign(self) -> None:
         """Give the decoders what they have room for, one image of each request in turn."""
-        while any(link.has_room for link in self._links) and self._assign_next():
+        while any(link.has_room for link in self._decoders) and self._assign_next():
             pass
 
     def _assign_next(self) -> bool:
@@ -197,10 +199,10 @@ class Decoders:
     def _link_for(self, job: Job) -> DecoderLink | None:
         """The decoder with least to do that takes this; of several, one is kept from large images."""
         if job.is_large:
-            num_busy = sum(any(other.is_large for other in link.jobs) for link in self._links)
-            if num_busy >= max(1, sum(link.ready for link in self._links) - 1):
+            num_busy = sum(any(other.is_large for other in link.jobs) for link in self._decoders)
+            if num_busy >= max(1, sum(link.ready for link in self._decoders) - 1):
                 return None
-        usable = [link for link in self._links if link.takes(job)]
+        usable = [link for link in self._decoders if link.takes(job)]
         return min(usable, key=lambda link: len(link.jobs), default=None)
 
     def _withdraw(self, request: ImageRequest, jobs: Sequence[Job]) -> None:
@@ -209,7 +211,7 @@ class Decoders:
         request.waiting.clear()
         for job in jobs:
             job.future.cancel()
-        for link in self._links:
+        for link in self._decoders:
             if link.jobs and link.jobs[0].is_large and link.jobs[0].future.cancelled():
                 link.discarded = True
                 link.kill()
@@ -226,8 +228,8 @@ class Decoders:
         """A decoder has ended: start another, and try again what it had."""
         if self._closed:
             return
-        self._links.remove(link)
-        for other in self._links:
+        self._decoders.remove(link)
+        for other in self._decoders:
             other.check_alive()
         status = link.status()
         if not link.discarded:
@@ -268,7 +270,7 @@ class Decoders:
         """Replace decoders that make no progress; what they had is then tried again or fails."""
         while True:
             await asyncio.sleep(max(self._timeout_s / _CHECKS_PER_TIMEOUT, _LEAST_CHECK_S))
-            for link in list(self._links):
+            for link in list(self._decoders):
                 if not link.check_progress():
                     logger.error("a decoder made no progress for %g s and is replaced", self._timeout_s)
                     link.kill()

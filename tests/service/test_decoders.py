@@ -80,7 +80,7 @@ def run(test: Test, processes: int = 2, timeout_s: float = 30, limits: PixelLimi
     async def pool(metrics: Metrics) -> AsyncIterator[Decoders]:
         decoders = Decoders(processes, timeout_s, metrics, limits)
         await decoders.start()
-        await until(lambda: all(link.ready for link in decoders._links) and bool(decoders._links))
+        await until(lambda: all(link.ready for link in decoders._decoders) and bool(decoders._decoders))
         try:
             yield decoders
         finally:
@@ -108,7 +108,7 @@ def num_failures(metrics: Metrics) -> float:
 
 
 def pids(decoders: Decoders) -> list[int]:
-    return [link.pid for link in decoders._links]
+    return [link.pid for link in decoders._decoders]
 
 
 def test_pixels_are_those_of_this_process() -> None:
@@ -252,7 +252,7 @@ def test_requests_take_turns_and_large_images_leave_a_decoder_to_others() -> Non
 
         greedy = asyncio.ensure_future(decode("greedy", *[large()] * 2))
         await asyncio.sleep(0)
-        assert sum(bool(link.jobs) for link in decoders._links) == 1
+        assert sum(bool(link.jobs) for link in decoders._decoders) == 1
         await asyncio.gather(*(decode(f"photo {index}", png((1, 1, index))) for index in range(8)))
         await greedy
         assert ended[-1] == "greedy"
@@ -285,7 +285,7 @@ def test_a_request_that_ends_gives_its_decoder_back() -> None:
     async def test(decoders: Decoders, metrics: Metrics) -> None:
         before = pids(decoders)
         going = asyncio.ensure_future(decoders.decode(parts(*[large(7000)] * 4), LARGE_RULES))
-        await until(lambda: any(link.jobs for link in decoders._links))
+        await until(lambda: any(link.jobs for link in decoders._decoders))
         going.cancel()
         with pytest.raises(asyncio.CancelledError):
             await going
@@ -311,7 +311,7 @@ def test_bytes_of_requests_that_ended_are_not_kept() -> None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         assert not decoders._waiting
-        assert sum(len(link.jobs) for link in decoders._links) <= NUM_SLOTS
+        assert sum(len(link.jobs) for link in decoders._decoders) <= NUM_SLOTS
 
     run(test, processes=1)
 
@@ -406,7 +406,7 @@ def test_signals_to_the_whole_group_leave_the_decoders_to_the_drain() -> None:
 def test_closing_answers_who_waits_and_ends_the_processes() -> None:
     async def test(decoders: Decoders, _: Metrics) -> None:
         await decoders.decode(parts(png((1, 1, 1))), RULES)
-        processes = [link._process for link in decoders._links]
+        processes = [link._process for link in decoders._decoders]
         waiting = asyncio.ensure_future(decoders.decode(parts(*[png((1, 1, 1))] * 200), RULES))
         await asyncio.sleep(0)
         await decoders.close()
@@ -428,7 +428,7 @@ def test_decoders_need_no_torch_and_end_with_their_service(tmp_path: Path) -> No
         "async def main():\n"
         "    pool = Decoders(1, 30, Metrics()); await pool.start()\n"
         "    while not pool.is_ready: await asyncio.sleep(0.01)\n"
-        "    print(pool._links[0].pid, flush=True); await asyncio.sleep(60)\n"
+        "    print(pool._decoders[0].pid, flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
