@@ -71,10 +71,8 @@ def read_npy(data: bytes) -> Tensor:
     header, offset = _npy_header(data)
     descr, fortran_order = header["descr"], header["fortran_order"]
     if not isinstance(descr, str) or not _NPY_FLOATS.fullmatch(descr):
-        raise LatentsError(
-            f"The .npy file has dtype {_shown(descr)}; float16 and float32 are read, neither objects nor "
-            "structures."
-        )
+        name = "object" if descr == "|O" else _shown(descr)
+        raise LatentsError(f"The .npy file has dtype {name}; float16 and float32 are read.")
     dtype = np.dtype(descr)
     shape = _checked_shape(header["shape"])
     num_bytes, expected = len(data) - offset, math.prod(shape) * dtype.itemsize
@@ -212,7 +210,10 @@ def _are_sizes(values: object) -> bool:
 
 def _shown(value: object) -> str:
     """What a file holds, short enough for a sentence."""
-    text = repr(value[:10] if isinstance(value, list | tuple) else value)
+    if isinstance(value, str) and value.isalnum():
+        text = value
+    else:
+        text = repr(value[:10] if isinstance(value, list | tuple) else value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
