@@ -65,7 +65,9 @@ class Metrics:
 
     def _add_engine_metrics(self) -> None:
         self.pending_items = self._gauge("pending_items", "Items accepted and not yet answered.")
-        self.pending_bytes = self._gauge("pending_bytes", "Bytes of request bodies held now.")
+        self.pending_bytes = self._gauge(
+            "pending_bytes", "Bytes that requests hold now: bodies, tensors, answers."
+        )
         self.pending_pixels = self._gauge(
             "pending_pixels", "Pixels of image files that wait for their decoding."
         )

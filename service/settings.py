@@ -168,7 +168,7 @@ class Settings(BaseSettings):
         512 * 2**20,
         ge=1024,
         le=2**40,
-        description="Most bytes that requests hold at once, in bodies, tensors and answers; beyond it they get 429.",
+        description="Most bytes that requests hold: bodies, tensors and answers; beyond it they get 429.",
     )
     queue_limit_pixels: int = Field(
         2_000_000_000,
