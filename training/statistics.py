@@ -114,7 +114,7 @@ class _LatentAccumulator:
         self.moments = PointwiseMoments(tokenizer.config.latent_shape, tokenizer.device)
 
     def add(self, positions: Sequence[int], batch: Batch) -> None:
-        self.moments.update(self.tokenizer.latents(batch.pixels(self.tokenizer.device)))
+        self.moments.update(self.tokenizer.encode(batch.pixels(self.tokenizer.device)))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.moments.tensors("latents"), {}
