@@ -8,7 +8,6 @@ import asyncio
 from typing import Any, ClassVar
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import (
@@ -19,6 +18,7 @@ from service.errors import (
     UnavailableError,
     VersionError,
 )
+from service.flow import AnswerTransport, HeldFlow
 from service.framing import Framer, body_bytes, check_host, check_version, is_read
 from service.metrics import Metrics
 from service.middleware import PUBLIC_PATHS
@@ -80,7 +80,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 transport.abort()
                 return
         super().connection_made(transport)
-        self.flow = _Flow(transport)
+        self.flow = HeldFlow(transport)
         self._framer = Framer()
         self.idle[self] = None
         self._start_timer(self.header_timeout_s)
@@ -150,7 +150,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._silent_bytes = 0
         super().on_headers_complete()
-        self.cycle.transport = _CycleTransport(self)  # type: ignore[assignment]
+        self.cycle.transport = AnswerTransport(self.transport, self.leave)  # type: ignore[assignment]
         self.idle.pop(self, None)
         self._in_head, self._in_body = False, True
 
@@ -221,7 +221,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _hold(self) -> None:
         """Read no more while there is something that could not be parsed."""
-        assert isinstance(self.flow, _Flow)
+        assert isinstance(self.flow, HeldFlow)
         self.flow.is_held = bool(self._unparsed)
         if not self._unparsed:
             if not self._in_body or self._is_idle():
@@ -357,29 +357,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _count(self, reason: str) -> None:
         self.metrics.rejected_connections.labels(reason).inc()
-
-
-class _Flow(FlowControl):
-    """Lets nobody resume reading while bytes wait that could not be parsed."""
-
-    is_held = False
-
-    def resume_reading(self) -> None:
-        if not self.is_held:
-            super().resume_reading()
-
-
-class _CycleTransport:
-    """What a request's answer is written to: as the connection's transport, but it closes in its own way."""
-
-    def __init__(self, protocol: BoundedHttpProtocol) -> None:
-        self._protocol = protocol
-        self.write = protocol.transport.write
-        self.is_closing = protocol.transport.is_closing
-
-    def close(self) -> None:
-        """Close as the protocol does."""
-        self._protocol.leave()
 
 
 def protocol_class(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
