@@ -24,6 +24,8 @@ CONCURRENCY = 8
 MAX_TIMEOUT_S = 120.0
 BUSY_STATUSES = (429, 503, 504)
 """Refusals for lack of room or time: no fault, and counted apart."""
+PROTOCOL_STATUSES = (501, 505)
+"""Refusals of a transfer coding or a version of HTTP: the client's fault, by numbers like ours."""
 _PROGRESS = 1_000
 _MIB = 2**20
 
@@ -48,7 +50,7 @@ class Tally:
         self.answers[case.route, answer.status] += 1
         if answer.status in BUSY_STATUSES:
             self.busy += 1
-        elif answer.status >= 500:
+        elif answer.status >= 500 and answer.status not in PROTOCOL_STATUSES:
             self.server_errors += 1
             return f"status {answer.status}: {answer.body[:300]!r}"
         if not answer.complete and not case.is_head:
