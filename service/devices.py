@@ -1,6 +1,7 @@
 """Devices: those that a setting means, the model on them, and how a CPU's cores are shared out."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -10,6 +11,8 @@ from service.errors import UnavailableError
 from service.settings import Settings
 
 MAX_CPU_WORKERS = 4
+MAX_DECODERS = 32
+_FEW_CPUS = 2
 
 
 def load_tokenizer(settings: Settings) -> Tokenizer:
@@ -43,16 +46,43 @@ def visible_devices(device: str) -> list[str]:
     return [device]
 
 
-def share_cores(num_workers: int, num_threads: int) -> tuple[int, int]:
-    """Workers of a CPU and the threads of each, from the settings ``cpu_workers`` and ``cpu_threads``.
+@dataclass(frozen=True)
+class CpuShares:
+    """How the CPUs of this process are shared out.
 
-    A batch gains less from a second core than a second batch does (on two cores, 47 images a second by two
+    Attributes:
+        num_workers: batches that a CPU computes side by side.
+        num_threads: of each of them.
+        num_decoders: processes that decode image files.
+    """
+
+    num_workers: int
+    num_threads: int
+    num_decoders: int
+
+
+def share_cpus(settings: Settings) -> CpuShares:
+    """Share out the CPUs between the model and the decoders, where the settings leave it open.
+
+    Threads that compute and decoders are together no more than the CPUs. One or two CPUs are the exception:
+    both get all of them, since a photo takes a decoder a fifth of the model's time.
+
+    A batch gains less from a second core than a second batch does (on two cores, 47 images per second by two
     single-threaded workers, 40 by one with two threads), and one that shares its cores with decoders does
     not make a second thread wait.
     """
-    cores = num_threads or num_cpus()
-    workers = num_workers or min(cores, MAX_CPU_WORKERS)
-    return workers, max(1, cores // workers)
+    cpus = num_cpus()
+    num_gpus = torch.cuda.device_count() if settings.device != "cpu" and torch.cuda.is_available() else 0
+    num_decoders = settings.num_decoders or min(MAX_DECODERS, _usual_decoders(cpus, num_gpus))
+    num_cores = settings.cpu_threads or (cpus if cpus <= _FEW_CPUS else max(1, cpus - num_decoders))
+    num_workers = settings.cpu_workers or min(num_cores, MAX_CPU_WORKERS)
+    return CpuShares(num_workers, max(1, num_cores // num_workers), num_decoders)
+
+
+def _usual_decoders(cpus: int, num_gpus: int) -> int:
+    if num_gpus:
+        return max(1, cpus - num_gpus)  # a thread of the host keeps each GPU busy
+    return cpus if cpus <= _FEW_CPUS else max(cpus // 4, min(2, cpus - 2))
 
 
 def resident_bytes() -> float:

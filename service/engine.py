@@ -16,7 +16,7 @@ import torch
 from model.errors import ModelError
 from model.tokenizer import Tokenizer
 from service.batching import BatchKey, FairQueue, Job, Operation
-from service.devices import load_tokenizer, resident_bytes, share_cores, visible_devices
+from service.devices import load_tokenizer, resident_bytes, share_cpus, visible_devices
 from service.errors import UnavailableError
 from service.launching import Runner
 from service.metrics import Metrics
@@ -255,10 +255,12 @@ class Engine:
             if tokenizer.device.type == "cuda":
                 runners.append(CudaRunner(tokenizer, settings.buckets, settings.hang_timeout_s))
                 continue
-            num_workers, num_threads = share_cores(settings.cpu_workers, settings.cpu_threads)
+            shares = share_cpus(settings)
             runners += [
-                HostRunner(tokenizer, settings.buckets, f"cpu:{index}", num_threads, settings.hang_timeout_s)
-                for index in range(num_workers)
+                HostRunner(
+                    tokenizer, settings.buckets, f"cpu:{index}", shares.num_threads, settings.hang_timeout_s
+                )
+                for index in range(shares.num_workers)
             ]
         self._describe(self.tokenizer)
         return runners

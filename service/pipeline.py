@@ -27,6 +27,7 @@ from service.bodies import BodyLimits, check_declared, media_type_of, read_body
 from service.context import RequestContext
 from service.decoders import Decoders
 from service.decoding import ImageRules
+from service.devices import share_cpus
 from service.engine import Engine, EngineState
 from service.errors import DeadlineError, DisconnectError, UnavailableError
 from service.metrics import Metrics
@@ -37,7 +38,6 @@ from service.settings import Settings
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-MAX_DECODERS = 32
 _RESULT_COPIES = 2  # a request's own, and the batches that they came in
 
 
@@ -49,13 +49,11 @@ class Pipeline:
         self.engine = engine
         self.metrics = metrics
         self.admission = Admission(settings, engine, metrics)
-        cores = num_cpus()
-        num_decoders = settings.num_decoders or min(cores, MAX_DECODERS)
         limits = PixelLimits(settings.max_request_pixels, settings.queue_limit_pixels, settings.retry_after_s)
-        self.decoders = Decoders(num_decoders, settings.hang_timeout_s, metrics, limits)
+        self.decoders = Decoders(share_cpus(settings).num_decoders, settings.hang_timeout_s, metrics, limits)
         metrics.ready.set_function(self.is_ready)
         self._io_threads = ThreadPoolExecutor(
-            settings.num_io_threads or cores,
+            settings.num_io_threads or num_cpus(),
             thread_name_prefix="drorae-io",
             initializer=torch.set_num_threads,  # the cores are the model's
             initargs=(1,),

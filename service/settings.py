@@ -78,14 +78,15 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Batches that a CPU computes side by side; 0 takes one a core, at most 4. "
-        "On GPUs there is one engine a device.",
+        description="Batches that a CPU computes side by side; 0 takes one per core that is left by the "
+        "decoders, at most 4. On GPUs there is one engine per device.",
     )
     cpu_threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="Cores that a CPU's workers share out among them; 0 takes all this process may use.",
+        description="Cores that a CPU's workers share out among them; 0 takes those of this process that its "
+        "decoders leave.",
     )
     batch_size: int = Field(8, ge=1, le=4096, description="Most items that go through the model at once.")
     batch_buckets: Annotated[tuple[PositiveInt, ...], NoDecode] = Field(
@@ -194,7 +195,11 @@ class Settings(BaseSettings):
         "a core.",
     )
     num_decoders: int = Field(
-        0, ge=0, le=256, description="Processes that decode image files; 0 takes one a core, up to 32."
+        0,
+        ge=0,
+        le=256,
+        description="Processes that decode image files; 0 takes a quarter of the CPUs where the model runs "
+        "on them too, else all but one per GPU, at most 32.",
     )
     drain_timeout_s: float = Field(
         30.0,

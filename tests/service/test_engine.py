@@ -16,7 +16,7 @@ from torch import Tensor
 from model.errors import CheckpointError, FusionError, LatentError
 from model.tokenizer import Tokenizer
 from service.batching import BatchKey, Job, Operation
-from service.devices import load_tokenizer, share_cores, visible_devices
+from service.devices import CpuShares, load_tokenizer, share_cpus, visible_devices
 from service.engine import Engine, EngineState
 from service.errors import (
     DeadlineError,
@@ -584,12 +584,28 @@ def test_one_engine_a_visible_device(
         assert visible_devices(device) == devices
 
 
-def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cpus", [*range(1, 17), 64, 256])
+def test_threads_and_decoders_together_are_no_more_than_the_cpus(
+    cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.devices.num_cpus", lambda: cpus)
+    shares = share_cpus(Settings(device="cpu", num_decoders=0))
+    computing = shares.num_workers * shares.num_threads
+    assert min(shares.num_workers, shares.num_threads, shares.num_decoders) >= 1
+    assert computing <= cpus
+    assert shares.num_decoders <= cpus
+    if cpus > 2:
+        assert computing + shares.num_decoders <= cpus
+
+
+def test_settings_share_out_the_cpus_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.devices.num_cpus", lambda: 16)
-    assert share_cores(0, 0) == (4, 4)
-    assert share_cores(0, 2) == (2, 1)
-    assert share_cores(8, 0) == (8, 2)
-    assert share_cores(8, 4) == (8, 1)
+    assert share_cpus(Settings(device="cpu", num_decoders=0)) == CpuShares(4, 3, 4)
+    assert share_cpus(Settings(device="cpu", cpu_threads=2, num_decoders=0)) == CpuShares(2, 1, 4)
+    assert share_cpus(Settings(device="cpu", cpu_workers=8, cpu_threads=16, num_decoders=0)) == CpuShares(
+        8, 2, 4
+    )
+    assert share_cpus(Settings(device="cpu", num_decoders=8)) == CpuShares(4, 2, 8)
 
 
 @pytest.mark.gpu
