@@ -31,6 +31,7 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK, _YCBCR = 0, 1, 2, 5, 6
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _SEPARATE = 2
 _RAW = 1
+_JPEG = frozenset({6, 7})
 _COMPRESSIONS = frozenset({_RAW, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000})
 """None, fax, LZW, JPEG, Deflate, PackBits, LZMA and Zstandard: what Pillow's wheels are built with."""
 _PHOTOMETRICS = {
@@ -206,6 +207,7 @@ def _refuse_misread(numbers: Mapping[int, tuple[int, ...]], layout: str) -> None
     is_read = (
         _first(numbers, _COMPRESSION, _RAW) in _COMPRESSIONS
         and _first(numbers, _FORMAT, _UNSIGNED) != _SIGNED
+        and not (_first(numbers, _COMPRESSION, _RAW) in _JPEG and set(numbers.get(_BITS, ())) - {8})
         and not (photometric == _CMYK and _first(numbers, _INK_SET, 1) != 1)
         and not (photometric == _YCBCR and is_raw and numbers.get(_SUBSAMPLING, (2, 2)) != (1, 1))
         and not (photometric == _WHITE_IS_ZERO and is_raw and _is_reversed(numbers) and bits == 8)

@@ -248,6 +248,13 @@ def test_other_depths_of_colour_are_refused(bits: list[int]) -> None:
         halves(file_of([0] * 3, [0] * 3, 16, RGB, tag_258=bits))
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("compression", [6, 7])
+def test_jpegs_of_other_depths_are_refused(bits: int, compression: int) -> None:
+    with pytest.raises(ImageError, match=REFUSED):
+        halves(file_of([0], [255], bits, BLACK_IS_ZERO, compression=compression))
+
+
 def test_an_unknown_compression_is_named() -> None:
     with pytest.raises(ImageError, match="compressed by method 50001"):
         halves(file_of([0], [255], 8, BLACK_IS_ZERO, compression=50001))
