@@ -32,6 +32,7 @@ NOT_A_FILE = "neither a file nor a folder"
 LISTED_ALREADY = "link to a folder that is listed already"
 UNREADABLE = "folder that cannot be read"
 COMPANION = "picture beside the image of the same sample"
+FOLDER_LINK = "link in a tar that may lead to a folder"
 SPARSE = "sparse file in a tar"
 REPLACED = "replaced by a later member of the same name"
 

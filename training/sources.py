@@ -216,7 +216,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
 
 def _reason_of_entry(entry: os.DirEntry[str]) -> str | None:
     """Why an entry that is no folder is left out; None for an image or a shard."""
+    if entry.is_symlink() and not os.path.exists(entry):  # whatever its name: it may have been a folder
+        return DANGLING
     reason = None if is_tar(Path(entry.name)) else reason_to_leave_out(entry.name)
-    if reason is None and not os.path.isfile(entry):
-        return DANGLING if entry.is_symlink() else NOT_A_FILE
-    return reason
+    return NOT_A_FILE if reason is None and not os.path.isfile(entry) else reason

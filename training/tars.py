@@ -18,7 +18,9 @@ from training.errors import DataError
 from training.names import (
     COMPANION,
     DANGLING,
+    FOLDER_LINK,
     NOT_A_FILE,
+    NOT_AN_IMAGE,
     REPLACED,
     SPARSE,
     printable,
@@ -78,7 +80,7 @@ class _Contents:
         names: of images and of links that may be some, as the shard writes them.
         places: offset, size and, of a compressed shard, the bytes of every file.
         links: the names that links lead to.
-        labels: classes by sample.
+        labels: classes, by the file that states them.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -142,20 +144,22 @@ def list_members(file: Path, left_out: Counter[str]) -> list[Member]:
         raise DataError(f"{file}: {exc}") from exc
     except _TAR_ERRORS as exc:
         raise DataError(f"{file}: not a readable tar shard: {exc}") from exc
+    labels = _labels_of_samples(contents)
     members = []
     for name in _images(contents, left_out):
-        place = _resolve(contents, name)
+        place = contents.places.get(_target(contents, name))
         if place is None:
             left_out[DANGLING] += 1
         else:
-            members.append(Member(contents.names[name], *place, contents.labels.get(_sample_name(name))))
+            members.append(Member(contents.names[name], *place, labels.get(_sample_name(name))))
     return members
 
 
 @contextmanager
 def _open_tar(file: Path) -> Iterator[tuple[tarfile.TarFile, bool]]:
     """The opened shard, and whether it is compressed; such a one is read once from beginning to end."""
-    options: dict[str, Any] = {"tarinfo": _StrictTarInfo}
+    # Zeros end a tar, and further tars may follow: cat joins shards.
+    options: dict[str, Any] = {"tarinfo": _StrictTarInfo, "ignore_zeros": True}
     with file.open("rb") as stream:
         start = stream.read(6)
     opener = next((o for magic, o in _COMPRESSED.items() if start.startswith(magic)), None)
@@ -178,7 +182,7 @@ def _read_contents(shard: tarfile.TarFile, is_compressed: bool, left_out: Counte
         name = posixpath.normpath(member.name)
         reason = reason_to_leave_out(name)
         if name.endswith(LABEL_SUFFIX) and member.isreg():
-            contents.labels[_sample_name(name)] = _read_label(shard, member)
+            contents.labels[name] = _read_label(shard, member)
             continue
         if member.isreg() and not member.issparse() and (reason is None or not is_compressed):
             data = _read_member(shard, member) if is_compressed else None
@@ -188,6 +192,8 @@ def _read_contents(shard: tarfile.TarFile, is_compressed: bool, left_out: Counte
         elif member.issym():
             folder = posixpath.dirname(name)
             contents.links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+            if reason == NOT_AN_IMAGE and "." not in posixpath.basename(name):
+                reason = FOLDER_LINK
         elif reason is None:
             reason = SPARSE if member.isreg() else NOT_A_FILE
         if reason is None and name in contents.names:
@@ -217,15 +223,22 @@ def _sample_name(name: str) -> str:
     return posixpath.join(folder, base.partition(".")[0])
 
 
-def _resolve(contents: _Contents, name: str) -> tuple[int, int, bytes | None] | None:
-    """The place of a member's bytes, through its links; None for a link that leads to none."""
+def _labels_of_samples(contents: _Contents) -> dict[str, int]:
+    """Classes by sample; equal files of them may have become links to one."""
+    files = [*contents.labels, *(name for name in contents.links if name.endswith(LABEL_SUFFIX))]
+    targets = {_sample_name(name): _target(contents, name) for name in files}
+    return {
+        sample: contents.labels[target] for sample, target in targets.items() if target in contents.labels
+    }
+
+
+def _target(contents: _Contents, name: str) -> str:
+    """The file that a name leads to, through its links; of a link that leads to none some name."""
     for _ in range(_MAX_LINKS):
-        if name in contents.places:
-            return contents.places[name]
-        if name not in contents.links:
+        if name in contents.places or name in contents.labels:
             break
-        name = contents.links[name]
-    return None
+        name = contents.links.get(name, name)
+    return name
 
 
 def _read_label(shard: tarfile.TarFile, member: tarfile.TarInfo) -> int:

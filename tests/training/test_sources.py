@@ -111,6 +111,43 @@ def test_links_are_the_members_that_they_lead_to(tmp_path: Path, is_compressed: 
     assert listing.left_out == {"link without a target": 3}
 
 
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_equal_labels_may_have_become_links(tmp_path: Path, is_compressed: bool) -> None:
+    shard = write_tar(
+        tmp_path / "a.tar",
+        ("a.cls", b"4", {}),
+        ("a.png", PHOTO, {}),
+        ("b.cls", "a.cls", HARD),
+        ("b.png", PHOTO, {}),
+        ("c.cls", "b.cls", SYMBOLIC),
+        ("c.png", PHOTO, {}),
+        ("d.cls", "nowhere.cls", SYMBOLIC),
+        ("d.png", PHOTO, {}),
+    )
+    if is_compressed:
+        shard.write_bytes(gzip.compress(shard.read_bytes()))
+    assert [sample.label for sample in list_samples([shard])] == [4, 4, 4, None]
+
+
+def test_a_linked_folder_in_a_shard_is_no_small_matter(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", ("a.png", PHOTO, {}), ("class", "../other/class", SYMBOLIC))
+    assert list_samples([shard]).lacks_photos
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_joined_shards_are_listed_whole(tmp_path: Path, mode: str) -> None:
+    images = members(3)
+    parts = [
+        write_shard(tmp_path / "part.tar", {image: images[image]}, mode).read_bytes() for image in images
+    ]
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(parts))
+    assert [sample.read() for sample in list_samples([joined])] == list(images.values())
+    joined.write_bytes(joined.read_bytes() + b"damaged " * 64)
+    with pytest.raises(DataError, match=r"joined\.tar"):
+        list_samples([joined])
+
+
 def test_what_is_no_file_in_a_shard_is_counted(tmp_path: Path) -> None:
     shard = write_tar(
         tmp_path / "a.tar",
@@ -210,10 +247,10 @@ def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
     assert keys(listing) == ["linked/a", "photo", "real/a"]
     assert listing.left_out == {
         "link to a folder that is listed already": 2,
-        "link without a target": 1,
+        "link without a target": 2,
         "neither a file nor a folder": 1,
-        "no image by its name": 1,
     }
+    assert listing.lacks_photos
 
 
 def test_the_log_says_what_was_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
