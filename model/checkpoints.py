@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import os
+import reprlib
 import shutil
-import struct
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -305,14 +305,14 @@ def _read_config(file: Path) -> tuple[CheckpointConfig, str]:
     if fields.get("format") != FORMAT:
         raise CheckpointError(f"{file}: field 'format' is not {FORMAT!r}, so this is no DRoRAE checkpoint")
     if fields.get("version") != FORMAT_VERSION:
-        found = fields.get("version")
-        raise CheckpointError(f"{file}: format version {found!r}; this build reads version {FORMAT_VERSION}")
+        found = reprlib.repr(fields.get("version"))
+        raise CheckpointError(f"{file}: format version {found}; this build reads version {FORMAT_VERSION}")
     try:
         config = CheckpointConfig.model_validate_json(raw)
     except ValidationError as exc:
         error = exc.errors()[0]
         field = ".".join(str(step) for step in error["loc"]) or "(root)"
-        raise CheckpointError(f"{file}: field {field!r}: {error['msg']}") from exc
+        raise CheckpointError(f"{file}: field {field[:200]!r}: {error['msg']}") from exc
     return config, hashlib.sha256(raw).hexdigest()
 
 
@@ -371,14 +371,14 @@ def _first_cut_tensor(file: Path, num_bytes: int) -> str:
     """Names the first tensor that a truncated file no longer holds whole, where its header survives."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header_bytes = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
         if not 0 < header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
             return ", its header is not whole"
         try:
             header = json.loads(stream.read(header_bytes))
             header.pop("__metadata__", None)
             ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return ", its header is corrupt"
     cut = [(end, name) for name, end in ends.items() if 8 + header_bytes + end > num_bytes]
     return f", first in tensor {min(cut)[1]!r}" if cut else ""

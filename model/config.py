@@ -17,14 +17,16 @@ MAX_GRID = 128  # 16,384 tokens: position tables are computed, so no file bounds
 Width = Annotated[int, Field(ge=8, le=MAX_WIDTH)]
 Depth = Annotated[int, Field(ge=1, le=64)]
 PixelTriple = tuple[float, float, float]
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
 PositionResize = Literal["bicubic_antialias", "bicubic", "bilinear_antialias"]
 
 
 class FrozenConfig(BaseModel):
-    """Base of every configuration: immutable, and a typo is an error instead of a default."""
+    """Base of every configuration: immutable, numbers finite, a typo an error instead of a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EncoderConfig(FrozenConfig):
@@ -166,7 +168,7 @@ class TokenizerConfig(FrozenConfig):
     fusion: FusionConfig | None = Field(FusionConfig(), validate_default=True)
     decoder: DecoderConfig = DecoderConfig()
     pixel_mean: PixelTriple = Field(IMAGENET_MEAN, description="Per-channel mean of the pixels, in [0, 1].")
-    pixel_std: PixelTriple = Field(IMAGENET_STD, description="Per-channel deviation of the pixels.")
+    pixel_std: PositiveTriple = Field(IMAGENET_STD, description="Per-channel deviation of the pixels.")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -187,6 +187,19 @@ def test_truncated_file_is_named_with_its_first_lost_tensor(checkpoint, kept):
         assert len(lost) == 1
 
 
+def test_a_truncated_file_with_a_deep_header_is_refused(checkpoint):
+    header = b"[" * 100_000
+    (checkpoint / "decoder.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"x")
+    assert "its header is corrupt" in refused(checkpoint)
+
+
+def test_errors_stay_short_whatever_the_configuration_holds(checkpoint):
+    edit_config(checkpoint, version="x" * 100_000)
+    assert len(refused(checkpoint)) < 1000
+    edit_config(checkpoint, version=1, **{"x" * 100_000: 1})
+    assert len(refused(checkpoint)) < 1000
+
+
 def load_file_from(raw: bytes) -> list[str]:
     header_bytes = struct.unpack("<Q", raw[:8])[0]
     return [name for name in json.loads(raw[8 : 8 + header_bytes]) if name != "__metadata__"]
