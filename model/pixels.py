@@ -12,8 +12,15 @@ from torch import Tensor
 from model.errors import ImageError
 
 Images = Tensor | NDArray[Any]
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Types that PyTorch computes with."""
 PIXEL_SLACK = 0.01
 """How far floats may exceed their range: the rounding of bfloat16 and more. Such values are clamped."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has values, one after the other."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
 
 
 def to_byte_tensor(picture: Image.Image) -> Tensor:
@@ -49,19 +56,21 @@ def checked_images(images: Images, side: int) -> Tensor:
     """
     if isinstance(images, np.ndarray):
         try:
-            images = torch.from_numpy(np.ascontiguousarray(images))
+            images = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
         except TypeError as exc:
             raise ImageError(f"images are a NumPy array of {images.dtype}, expected uint8 or floats") from exc
     if not isinstance(images, Tensor):
         raise ImageError(
             f"images are a {type(images).__name__}, expected a tensor or NumPy array [B, 3, {side}, {side}]"
         )
+    if not is_dense(images):
+        raise ImageError("images are no dense tensor with values: sparse, nested or on the meta device")
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
         hint = _shape_hint(images, side)
         raise ImageError(f"images have shape {list(images.shape)}, expected [B, 3, {side}, {side}]{hint}")
     if images.dtype == torch.uint8 or not images.numel():
         return images
-    if not images.is_floating_point():
+    if images.dtype not in FLOATS:
         raise ImageError(f"images have dtype {images.dtype}, expected uint8, or floats in [0, 1]")
     return _clamped(images)
 

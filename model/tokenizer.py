@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from model.decoder import Decoder
 from model.encoder import Encoder
 from model.errors import CheckpointError, FusionError, LatentError
 from model.fusion import Fusion
-from model.pixels import Images, checked_images, to_unit
+from model.pixels import FLOATS, Images, checked_images, is_dense, to_unit
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +181,11 @@ class Tokenizer(nn.Module):
 
         Raises:
             ImageError: wrong shape or dtype, or values that are no pixels; says what they may be instead.
-            LatentError: ``normalize`` without statistics, or with the base latent of a fused tokenizer.
+            LatentError: another ``latent``; ``normalize`` without statistics, or with the base latent of a
+                fused tokenizer.
         """
+        if latent not in get_args(LatentKind):
+            raise LatentError(f"there is no latent {latent!r}: it is enriched or base")
         images = checked_images(images, self.config.image_size)
         if normalize:
             self._check_normalizable(latent)
@@ -209,10 +212,10 @@ class Tokenizer(nn.Module):
         Raises:
             LatentError: wrong shape, dtype or a non-finite value; ``normalize`` without statistics.
         """
-        self._check_latents(latents)
+        latents = self._checked_latents(latents)
         if normalize:
             self._check_normalizable("enriched")
-        return self.pixels(latents.to(device=self.device, dtype=self.dtype), normalize)
+        return self.pixels(latents, normalize)
 
     def reconstruct(self, images: Images, latent: LatentKind = "enriched") -> Tensor:
         """``decode(encode(images))``: images as for `encode` to [B, 3, S, S] in [0, 1]."""
@@ -271,20 +274,25 @@ class Tokenizer(nn.Module):
         """Images [B, 3, S, S], floats or bytes, on the tokenizer's device, in its dtype and in [0, 1]."""
         return to_unit(images.to(self.device).contiguous(), self.dtype)
 
-    def _check_latents(self, latents: object) -> None:
+    def _checked_latents(self, latents: object) -> Tensor:
+        """Latents on the tokenizer's device and in its dtype, in which they must be finite."""
         if not isinstance(latents, Tensor):
             raise LatentError(f"latents are a {type(latents).__name__}, expected a tensor (torch.from_numpy)")
+        if not is_dense(latents):
+            raise LatentError("latents are no dense tensor with values: sparse, nested or on the meta device")
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.config.latent_shape:
             channels, rows, columns = self.config.latent_shape
             raise LatentError(
                 f"latents have shape {list(latents.shape)}, expected [B, {channels}, {rows}, {columns}]"
             )
-        if not latents.is_floating_point():
+        if latents.dtype not in FLOATS:
             raise LatentError(f"latents have dtype {latents.dtype}, expected floating point")
+        latents = latents.to(device=self.device, dtype=self.dtype)
         finite = finite_items(latents)
         if not finite.all():
             index = int((~finite).nonzero()[0])
             raise LatentError(f"latent {index} holds a NaN or infinite value")
+        return latents
 
     def _check_normalizable(self, latent: LatentKind) -> None:
         if not self.has_statistics:

@@ -121,6 +121,10 @@ def test_statistics_are_checked(tokenizer):
         (torch.full((1, 3, 64, 64), -0.1, dtype=torch.bfloat16), "clamp"),
         (torch.full((2, 3, 64, 64), float("nan")), "NaN or infinite"),
         (torch.full((1, 3, 64, 64), float("inf"), dtype=torch.float16), "NaN or infinite"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+        (torch.zeros(1, 3, 64, 64).to_sparse(), "no dense tensor"),
+        (torch.zeros(1, 3, 64, 64).to_mkldnn(), "no dense tensor"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), "no dense tensor"),
     ],
 )
 def test_wrong_images_are_refused(tokenizer, images, message):
@@ -135,6 +139,16 @@ def test_numpy_arrays_are_taken(tokenizer, images, dtype):
     array = np.ascontiguousarray(array.astype(dtype)[..., ::-1])[..., ::-1]  # of negative strides
     tensor = torch.from_numpy(array.copy())
     assert torch.equal(tokenizer.encode(array), tokenizer.encode(tensor))
+
+
+def test_foreign_byte_orders_are_taken(tokenizer, images):
+    foreign = images.double().numpy().astype(">f8")
+    assert torch.equal(tokenizer.encode(foreign), tokenizer.encode(images))
+
+
+def test_a_misspelt_latent_is_refused(tokenizer, images):
+    with pytest.raises(LatentError, match="no latent 'Base'"):
+        tokenizer.encode(images, "Base")
 
 
 def test_what_rounding_adds_is_clamped(tokenizer):
@@ -155,6 +169,10 @@ def test_no_images_give_no_latents_or_a_sentence(tokenizer):
         (np.zeros((1, 32, 4, 4), np.float32), "latents are a ndarray, expected a tensor"),
         (torch.full((1, 32, 4, 4), float("nan")), "latent 0 holds a NaN"),
         (torch.cat([torch.zeros(2, 32, 4, 4), torch.full((1, 32, 4, 4), float("-inf"))]), "latent 2 holds"),
+        (torch.full((1, 32, 4, 4), 1e300, dtype=torch.float64), "latent 0 holds"),
+        (torch.zeros(1, 32, 4, 4, dtype=torch.float8_e5m2), "dtype torch.float8_e5m2"),
+        (torch.zeros(1, 32, 4, 4).to_sparse(), "no dense tensor"),
+        (torch.zeros(1, 32, 4, 4, device="meta"), "no dense tensor"),
     ],
 )
 def test_wrong_latents_are_refused(tokenizer, latents, message):
