@@ -59,9 +59,20 @@ def read_file(path: Path) -> bytes:
         UsageError: it is missing, a folder, or not readable.
     """
     try:
-        return sys.stdin.buffer.read() if path == STANDARD_STREAM else path.read_bytes()
+        return read_standard_input() if path == STANDARD_STREAM else path.read_bytes()
     except OSError as exc:
         raise UsageError(os_error_sentence(exc)) from exc
+
+
+def read_standard_input() -> bytes:
+    """All of standard input.
+
+    Raises:
+        UsageError: the caller closed it.
+    """
+    if sys.stdin is None:
+        raise UsageError("-: standard input is closed")
+    return sys.stdin.buffer.read()
 
 
 def write_picture_file(path: Path, pixels: Tensor) -> None:
@@ -109,6 +120,8 @@ def check_output_file(path: Path, suffixes: Sequence[str] | Mapping[str, Picture
         CommandError: its folder is missing or not writable.
     """
     if path == STANDARD_STREAM:
+        if sys.stdout is None:
+            raise UsageError("-: standard output is closed")
         if sys.stdout.isatty():
             raise UsageError("-: standard output is a terminal; send it to a file or another program")
         return

@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
+        _flush_output()
         return status
     except BrokenPipeError:
         _drop_output()
@@ -45,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The ``drorae`` program."""
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text in the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -56,17 +56,36 @@ def program() -> NoReturn:
         status = main()
     except SystemExit:
         try:
-            sys.stdout.flush()  # help, for which argparse exits by itself
+            _flush_output()  # help, for which argparse exits by itself
         except BrokenPipeError:
             _drop_output()
         raise
     if "LOCAL_RANK" in os.environ:
         # One of torchrun's: gloo's threads outlive its groups, and can abort an interpreter that goes away
         # (pytorch/pytorch#179291).
-        sys.stdout.flush()
+        _flush_output()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _fill_closed_streams() -> None:
+    """Open the null device in place of standard streams that the caller closed.
+
+    Else files opened later would take their numbers, and messages end up in them. ``sys.stdin`` and
+    ``sys.stdout`` stay None, by which commands know that there is nothing to read or write.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _drop_output() -> None:

@@ -1,6 +1,7 @@
 """Flags made from the service's settings, and the parser that every command shares."""
 
 import argparse
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -9,7 +10,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from cli.errors import UsageError
-from service.settings import ENV_PREFIX, Settings
+from service.settings import ENV_PREFIX, Settings, environment_warnings
 
 # What the commands on files take of the settings: the model, and how much of it at once.
 MODEL_FIELDS = ("checkpoint", "device", "fusion", "batch_size")
@@ -70,6 +71,9 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     Raises:
         UsageError: a value out of bounds; names the flag or the variable.
     """
+    if "port" not in arguments.fields_read:  # serve logs them
+        for sentence in environment_warnings():
+            print(f"drorae: {sentence}", file=sys.stderr)
     prefix = "setting_"
     given = {
         name.removeprefix(prefix): value for name, value in vars(arguments).items() if name.startswith(prefix)

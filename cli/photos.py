@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli.errors import EXIT_OK, EXIT_SOME_BROKEN, CommandError, UsageError, os_error_sentence
-from cli.files import STANDARD_STREAM, batches
+from cli.files import STANDARD_STREAM, batches, read_standard_input
 from model.pixels import to_unit
 from service.decoding import ImageRules
 from service.errors import ServiceError
@@ -64,7 +64,7 @@ def is_collection(path: Path) -> bool:
 def single_photo(path: Path) -> Sample:
     """The photo of one file, or of standard input."""
     if path == STANDARD_STREAM:
-        return Sample("standard input", path, data=sys.stdin.buffer.read())
+        return Sample("standard input", path, data=read_standard_input())
     return Sample(str(path), path)
 
 

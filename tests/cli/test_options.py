@@ -138,3 +138,12 @@ def test_commands_that_open_no_port_read_none(run, refused, monkeypatch, checkpo
     monkeypatch.setenv("DRORAE_MAX_IMAGE_PIXELS", "none")
     message = refused("encode", photo, "-o", tmp_path / "other.safetensors", *use)
     assert message.startswith("drorae: DRORAE_MAX_IMAGE_PIXELS: ")
+
+
+def test_commands_name_variables_that_nothing_reads(run, monkeypatch, checkpoint):
+    monkeypatch.setenv("DRORAE_CHEKPOINT", "x")
+    monkeypatch.setenv("DRORAE_DATA", "x")
+    outcome = run("info", checkpoint)
+    assert outcome.status == 0
+    assert "did you mean 'DRORAE_CHECKPOINT'" in outcome.err
+    assert outcome.err.count("\n") == 1

@@ -140,6 +140,35 @@ def test_a_closed_pipe_ends_quietly(program, argv):
     assert result.stderr == b""
 
 
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("info mini 2>&-", 0, ""),
+        ("encode PHOTO -o OUT 2>&-", 0, ""),
+        ("encode PHOTO -o OUT >&- 2>&-", 0, ""),
+        ("encode PHOTO -o - >&-", 2, "standard output is closed"),
+        ("reconstruct PHOTO - >&-", 2, "standard output is closed"),
+        ("encode - -o OUT <&-", 2, "standard input is closed"),
+        ("decode - out.png <&-", 2, "standard input is closed"),
+        ("--help >&-", 0, ""),
+    ],
+)
+def test_closed_streams(checkpoint, photo, tmp_path, command, status, message):
+    output = tmp_path / "out.npy"
+    command = command.replace("PHOTO", str(photo)).replace("OUT", str(output))
+    environment = {**STRICT, "DRORAE_CHECKPOINT": str(checkpoint)}
+    result = subprocess.run(
+        ["sh", "-c", f"exec '{sys.executable}' -m cli.main {command}"],
+        stderr=subprocess.PIPE, cwd=ROOT, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == status
+    assert message in result.stderr.decode()
+    assert b"Traceback" not in result.stderr
+    assert b"unexpected" not in result.stderr
+    if output.exists():
+        assert np.load(output).shape[0] == 1
+
+
 def test_a_closed_stdout_is_no_error():
     command = f"exec '{sys.executable}' -m cli.main info mini >&-"
     result = subprocess.run(
