@@ -162,7 +162,7 @@ class Case:
     def rows(self, ceilings: Ceilings, wide: Ceilings) -> Iterator[TrainingRow]:
         """Before and after the adversarial loss sets in."""
         recipe, setup = self.recipe, self.setup
-        task = ReconstructionTask(self.phase, recipe)
+        task = ReconstructionTask(self.phase, recipe, samples=[])
         footprint = self._footprint(task.tokenizer.config)
         side = task.tokenizer.config.image_size
         images = torch.randint(256, (self.batch, 3, side, side), dtype=torch.uint8).to(setup.device)

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from training.perceptual import make_perceptual
 from training.pictures import reconstruction_grid, save_image
 from training.randomness import Purpose, StepRandomness
 from training.recipe import PhaseRecipe
+from training.sources import Sample
 from training.starting import check_recipe, make_tokenizer, with_networks
 from training.statistics import latent_statistics
 from training.trainer import Task
@@ -98,15 +99,21 @@ class Reconstructor(nn.Module):
 
 
 class ReconstructionTask(Task):
-    """Trains parts of a tokenizer to reconstruct: L1, perceptual and adversarial loss."""
+    """Trains parts of a tokenizer to reconstruct: L1, perceptual and adversarial loss.
 
-    def __init__(self, phase: str, recipe: PhaseRecipe) -> None:
+    Args:
+        phase: which one.
+        recipe: all that it needs.
+        samples: the listing of the recipe's ``data.train``, where it is at hand.
+    """
+
+    def __init__(self, phase: str, recipe: PhaseRecipe, samples: Sequence[Sample] | None = None) -> None:
         self.phase = phase
         self.ranks = current()
         self.recipe: PhaseRecipe = recipe
         self.device = resolve_device(recipe.device)
         check_recipe(phase, recipe, self.ranks.size)
-        self.samples = list_training_images(recipe.data)
+        self.samples = list_training_images(recipe.data) if samples is None else samples
         torch.manual_seed(recipe.seed)
         self.tokenizer = make_tokenizer(phase, recipe).to(self.device)
         if recipe.decoder_init == "ridge":
