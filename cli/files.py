@@ -92,7 +92,7 @@ def write_file(path: Path, data: bytes) -> None:
         CommandError: it cannot be written.
     """
     if path == STANDARD_STREAM:
-        sys.stdout.buffer.write(data)
+        _write_standard_output(data)
         return
     direct = path.exists() and not path.is_file()
     target = path if direct else path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -105,6 +105,16 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         if not direct:
             target.unlink(missing_ok=True)
+
+
+def _write_standard_output(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise CommandError(f"standard output: cannot be written: {exc.strerror or exc}") from exc
 
 
 def say(text: str, output: Path) -> None:

@@ -27,8 +27,12 @@ def write_atomically(file: Path, data: bytes | str, previous: Path | None = None
         if previous is not None and file.exists():
             os.replace(file, previous)
         os.replace(partial, file)
-    except BaseException:
+    except BaseException as exc:
         partial.unlink(missing_ok=True)
+        if (
+            isinstance(exc, OSError) and exc.filename is None
+        ):  # a full disk, which write and fsync do not name
+            exc.filename = str(file)
         raise
 
 

@@ -151,6 +151,7 @@ def test_a_closed_pipe_ends_quietly(program, argv):
         ("encode - -o OUT <&-", 2, "standard input is closed"),
         ("decode - out.png <&-", 2, "standard input is closed"),
         ("--help >&-", 0, ""),
+        ("encode PHOTO -o - >/dev/full", 1, "standard output: cannot be written"),
     ],
 )
 def test_closed_streams(checkpoint, photo, tmp_path, command, status, message):

@@ -1,5 +1,6 @@
 """The last two states: whole ones are found, damaged ones passed over."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,3 +81,16 @@ def test_occupied_directories_are_refused(folder: Path, tmp_path: Path) -> None:
             check_run_directory(finished, resume)
     with pytest.raises(TrainingError, match="is a file"):
         check_run_directory(finished / "run.json", resume=False)
+
+
+def test_a_full_disk_leaves_both_states_and_names_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*state\.pt'"):
+        save_state(folder, state(5))
+    assert read_state(newest_whole_state(folder))["step"] == 4
+    assert not list(folder.glob(".*"))
