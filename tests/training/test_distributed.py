@@ -223,7 +223,7 @@ def test_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
     result = launch(tmp_path / "jobs.json", [Job("phase1", recipe, str(output), [], fault="killed")])
     assert result.returncode != 0
     assert "rank 0 of 2 gave up: another rank ended" in result.stderr
-    assert torch.load(output / "state.pt", weights_only=True)["step"] == 2
+    assert torch.load(output / "state.pt", weights_only=True)["step"] == 3  # as saved before the validation
     assert not (output / "checkpoint").exists()
 
 
