@@ -19,6 +19,8 @@ _PARSED = frozenset(
 )
 _IGNORED_WHERE_LONG = frozenset((b"traceparent", b"tracestate", b"x-request-id"))
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_FOREIGN_PROTOCOL = re.compile(rb" (?!HTTP/)([A-Z]+)/[0-9]\.[0-9]\r?\n\Z")  # the parser takes RTSP as HTTP
+_PROTOCOL_BYTES = 16  # of the request line's end
 _END_OF_HEAD = b"\r\n\r\n"
 _LINE_START_BYTES = 32  # of a chunk's line, which begins with the size
 _END_OF_CHUNK = b"\r\n"
@@ -27,7 +29,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Framer:
-    """Cuts the bytes of a connection into pieces: a head, a chunk's line, or as much of a body as came.
+    """Cuts the bytes of a connection into pieces: a request or chunk's line, headers, or what came of a body.
 
     It relies on the parser, which is given each piece before the next one is cut, and refuses malformed ones.
     """
@@ -39,6 +41,7 @@ class Framer:
         """A message is complete: the next one's head follows."""
         self._left = 0  # of a body, or a chunk
         self._is_chunked = False
+        self._in_request_line = True
         self._tail = b""  # what came last of a head, where its end may have begun
         self._line = b""  # how a chunk's line begins
         self._line_ended = False
@@ -49,14 +52,20 @@ class Framer:
         self._left, self._is_chunked = num_bytes or 0, num_bytes is None
 
     def cut(self, data: bytes, start: int) -> int:
-        """Where the piece ends that begins at ``start``, which is before the end of ``data``."""
+        """Where the piece ends that begins at ``start``, which is before the end of ``data``.
+
+        Raises:
+            VersionError: a request line of another protocol.
+        """
         if self._line_ended:
             self._begin_chunk()
         if self._left > 0:
             end = min(len(data), start + self._left)
             self._left -= end - start
             return end
-        return self._cut_line(data, start) if self._is_chunked else self._cut_head(data, start)
+        if self._is_chunked:
+            return self._cut_line(data, start)
+        return self._cut_request_line(data, start) if self._in_request_line else self._cut_head(data, start)
 
     def _begin_chunk(self) -> None:
         """The parser has accepted a line: a chunk's, or one of the trailer, whose end the parser tells."""
@@ -70,6 +79,17 @@ class Framer:
         self._line_ended = end > 0
         end = end or len(data)
         self._line = (self._line + data[start:end])[:_LINE_START_BYTES]
+        return end
+
+    def _cut_request_line(self, data: bytes, start: int) -> int:
+        end = data.find(b"\n", start) + 1 or len(data)
+        self._tail = (self._tail + data[max(start, end - _PROTOCOL_BYTES) : end])[-_PROTOCOL_BYTES:]
+        foreign = _FOREIGN_PROTOCOL.search(self._tail)
+        if foreign:
+            raise VersionError(f"{foreign[1].decode()} is not spoken here: send the request as HTTP/1.1.")
+        if self._tail.endswith(b"\n") and self._tail.strip():  # blank lines may come before it
+            self._in_request_line = False
+            self._tail = self._tail[-3:]
         return end
 
     def _cut_head(self, data: bytes, start: int) -> int:

@@ -18,7 +18,7 @@ from service.errors import (
     UnavailableError,
     VersionError,
 )
-from service.flow import AnswerTransport, HeldFlow
+from service.flow import AnswerTransport, HeldFlow, ask_while_unanswered
 from service.framing import Framer, body_bytes, check_host, check_version, is_read
 from service.metrics import Metrics
 from service.middleware import PUBLIC_PATHS
@@ -65,6 +65,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _head_bytes = 0  # of the request line and headers, as parsed
     _silent_bytes = 0  # came since the parser last had something to tell
     _unparsed = b""  # what came after a request that is not answered yet
+    _ended = False  # the client sends nothing any more
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
@@ -113,6 +114,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._unparsed += data
         self._parse()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Close, unless the client waits for an answer: it may only have said all that it has to say."""
+        awaits = not self._refused and self._awaits_answer() and self.cycle.scope["http_version"] == "1.1"
+        if awaits and not self._ended:
+            self._ended = True
+            ask_while_unanswered(self.cycle, self.loop)
+        return awaits
+
     def on_message_begin(self) -> None:
         """A request line begins."""
         if self._awaits_answer():
@@ -132,6 +141,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_headers += 1
         self._head_bytes += len(name) + len(value) + len(": \r\n")
         self._check_head()
+        value = value.strip(b" \t")
         if not self._in_body and is_read(name.lower(), value):
             super().on_header(name, value)
 
@@ -149,6 +159,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._check_place()
         self._stop_timer()
         self._silent_bytes = 0
+        self.expect_100_continue &= version == "1.1"
         super().on_headers_complete()
         self.cycle.transport = AnswerTransport(self.transport, self.leave)  # type: ignore[assignment]
         self.idle.pop(self, None)
@@ -168,6 +179,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._silent_bytes = 0
         self._stop_timer()
         super().on_message_complete()
+        if self._ended:
+            ask_while_unanswered(self.cycle, self.loop)
 
     def on_response_complete(self) -> None:
         """Go on with what has come since, or wait for the next request or the rest of this one."""
@@ -176,6 +189,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._unset_keepalive_if_required()
         elif self._unparsed:
             self._parse()
+        elif self._ended:
+            self.transport.close()
         else:
             self._await_request()
 
@@ -203,13 +218,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         for _ in range(_PIECES_A_TURN):
             if at == len(data) or self._refused or self._awaits_answer() or self.transport.is_closing():
                 break
-            end = self._framer.cut(data, at)
-            self._silent_bytes += end - at
             try:
+                end = self._framer.cut(data, at)
+                self._silent_bytes += end - at
                 self._feed(data[at:end])
-            except httptools.HttpParserError as exc:
+                at = end
+            except (httptools.HttpParserError, VersionError) as exc:
                 self._refuse_bytes(exc)
-            at = end
         if self._refused or self.transport.is_closing():
             return
         self._unparsed = data[at:]
@@ -288,8 +303,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         connection.transport.close()
         return True
 
-    def _refuse_bytes(self, error: httptools.HttpParserError) -> None:
-        cause = error.__context__
+    def _refuse_bytes(self, error: httptools.HttpParserError | VersionError) -> None:
+        cause = error if isinstance(error, VersionError) else error.__context__
         if isinstance(cause, ServiceError):
             self._refuse(cause)
         elif str(error).startswith(_FOREIGN_VERSION):

@@ -155,6 +155,9 @@ END = b"nonsense\r\n\r\n"  # after which the server closes
         (b"GET /livez HTTP/1.2\r\nHost: x\r\n\r\n", 505),
         (b"GET /livez HTTP/2.0\r\nHost: x\r\n\r\n", 505),
         (b"GET /livez HTTP/9.9\r\nHost: x\r\n\r\n", 505),
+        (b"GET /livez RTSP/1.0\r\nHost: x\r\n\r\n", 505),
+        (b"OPTIONS * RTSP/1.0\r\n\r\n", 505),
+        (b"SOURCE /livez ICE/1.0\r\n\r\n", 505),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
         (CHUNKED.replace(b"chunked", b"gzip, chunked"), 501),
         (CHUNKED.replace(b"chunked", b"chunked, gzip"), 400),
@@ -187,6 +190,9 @@ def test_heads_that_are_refused(address: tuple[str, int], head: bytes, status: i
         b"GET /livez HTTP/1.0\r\n\r\n",
         GET.replace(b"Host: x", b"Host: [::1]:80\r\nConnection: close"),
         GET.replace(b"Host: x", b"Host:\r\nConnection: close"),
+        GET.replace(
+            b"Host: x", b"Host:\tx \t\r\nConnection: close \r\nX-Request-Timeout: 9 \r\nContent-Length: 0 "
+        ),
         GET.replace(b"Host: x", b"Host: x\r\nConnection: close\r\nCookie: " + b"c" * 30_000),
         GET.replace(b"Host: x", b"Host: x\r\nConnection: close\r\ntracestate: " + b"a=b," * 1000),
     ],

@@ -335,6 +335,39 @@ def test_trailers_are_bounded_and_no_headers(running: Any, address: Address) -> 
         assert b" 431 " in read_all(connection)
 
 
+def test_a_client_that_ends_after_its_requests_is_answered(serve: Any, gated: Any, png: bytes) -> None:
+    """It shuts down its side alone; until its answer begins it is asked whether it is there."""
+    post = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png) + png
+    with serve(create_app(Settings(), gated)) as running, connect(address_of(running)) as connection:
+        connection.sendall(post + post + GET)
+        assert gated.entered.acquire(timeout=30)
+        connection.shutdown(socket.SHUT_WR)
+        gated.gate.set()
+        received = read_all(connection)
+    finals = [part[:3] for part in received.split(b"HTTP/1.1 ")[1:] if not part.startswith(b"100")]
+    assert finals == [b"200", b"200", b"200"]
+
+
+def test_a_client_that_ended_and_went_away_is_noticed(serve: Any, gated: Any, png: bytes) -> None:
+    post = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png) + png
+    with serve(create_app(Settings(), gated)) as running:
+        with connect(address_of(running)) as connection:
+            connection.sendall(post)
+            assert gated.entered.acquire(timeout=30)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        deadline_s = time.monotonic() + 30
+        while running.app.state.pipeline.admission.num_requests:
+            assert time.monotonic() < deadline_s
+        gated.gate.set()
+
+
+def test_old_clients_are_never_told_to_continue(address: Address) -> None:
+    with connect(address) as connection:
+        connection.sendall(b"POST /encode HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nab")
+        assert read_all(connection).startswith(b"HTTP/1.1 415")
+
+
 def test_mutated_requests(running: Any, address: Address, caplog: pytest.LogCaptureFixture) -> None:
     """Seeded: whatever the bytes, there is an answer that is no fault of ours, or the end."""
     generator = random.Random(20)
