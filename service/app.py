@@ -104,7 +104,12 @@ def _add_middleware(
     app: FastAPI, settings: Settings, pipeline: Pipeline, keys: ApiKeys, spans: SpanExport | None
 ) -> None:
     """Each one goes around those before it."""
-    app.add_middleware(GateMiddleware, keys=keys, max_request_timeout_s=settings.max_request_timeout_s)
+    app.add_middleware(
+        GateMiddleware,
+        keys=keys,
+        max_request_timeout_s=settings.max_request_timeout_s,
+        retry_after_s=settings.retry_after_s,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CrossOriginMiddleware,

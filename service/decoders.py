@@ -103,7 +103,7 @@ class Decoders:
         """
         pixels = await self._judge(parts, rules)
         if self._closed:
-            raise UnavailableError("The service is draining and takes no new work.")
+            raise self._unavailable("The service is draining and takes no new work.")
         if self._has_given_up():
             raise self.unavailable()
         with self._room.reserve(sum(pixels), deadline_s):
@@ -129,7 +129,7 @@ class Decoders:
         self._closed = True
         for task in self._tasks:
             task.cancel()
-        error = UnavailableError("The service stopped before this was done.")
+        error = self._unavailable("The service stopped before this was done.")
         self._fail_waiting(error)
         for link in self._decoders:
             for job in link.jobs:

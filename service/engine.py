@@ -198,7 +198,8 @@ class Engine:
             deadline_s = time.monotonic() + timeout_s
             for worker in self._workers:
                 worker.join(max(0.0, deadline_s - time.monotonic()))
-        self.fail_jobs(UnavailableError("The service stopped before the model came to this."))
+        stopped = "The service stopped before the model came to this."
+        self.fail_jobs(UnavailableError(stopped, self.unavailable().headers))
         with self._lock:
             if self._state is not EngineState.FAILED:
                 self._state = EngineState.STOPPED

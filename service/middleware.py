@@ -157,12 +157,14 @@ class GateMiddleware:
         app: what it wraps.
         keys: the keys that clients need.
         max_request_timeout_s: longest deadline that a request can ask for.
+        retry_after_s: what requests are told that the service stops before they are done.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, max_request_timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, max_request_timeout_s: float, retry_after_s: int) -> None:
         self._app = app
         self._keys = keys
         self._max_request_timeout_s = max_request_timeout_s
+        self._stopped_headers = {"Retry-After": str(retry_after_s), "Connection": "close"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -185,7 +187,7 @@ class GateMiddleware:
             task = asyncio.current_task()
             assert task is not None
             task.uncancel()
-            stopped = UnavailableError("The service stopped before this was done.", {"Connection": "close"})
+            stopped = UnavailableError("The service stopped before this was done.", self._stopped_headers)
             await problem_response(stopped, context)(scope, receive, send)
         except Exception as exc:  # the request's boundary
             if begun:

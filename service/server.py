@@ -74,7 +74,9 @@ class Server(uvicorn.Server):
 
     async def _give_up(self) -> None:
         """Answer 503 to what is not done, wherever it is; end answers that are not read in time."""
-        stopped = UnavailableError("The service stopped before this was done.")
+        stopped = UnavailableError(
+            "The service stopped before this was done.", self._pipeline.engine.unavailable().headers
+        )
         logger.error(
             "the drain deadline passed: %d requests are given up", self._pipeline.admission.num_requests
         )

@@ -266,12 +266,14 @@ def test_a_request_that_is_cancelled_gets_an_answer(check_problem: Check) -> Non
         await asyncio.sleep(30)
 
     async def ask() -> httpx.Response:
-        gate = GateMiddleware(app, ApiKeys(Settings()), 60.0)
+        gate = GateMiddleware(app, ApiKeys(Settings()), 60.0, retry_after_s=7)
         wrapped = RequestMiddleware(gate, 1.0, Metrics(), ())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=wrapped)) as client:
             return await client.get("http://service/")
 
-    check_problem(asyncio.run(ask()), 503, "unavailable", "stopped")
+    response = asyncio.run(ask())
+    check_problem(response, 503, "unavailable", "stopped")
+    assert response.headers["retry-after"] == "7"
 
 
 def test_refusals_can_be_read_by_the_page(cross_origin: httpx.Client, check_problem: Check) -> None:

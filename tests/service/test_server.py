@@ -194,6 +194,7 @@ def test_the_drain_ends_under_every_client(
     for answer in answers:
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"application/problem+json" in answer
+        assert b"retry-after: " in answer
     assert not [entry for entry in caplog.records if entry.exc_info]
 
 
