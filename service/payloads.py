@@ -52,7 +52,7 @@ _IMAGE_ALIASES = ("image/*", "image/jpg", "image/pjpeg", "image/x-png", "image/x
 _PIXEL_SLACK = 1.0
 _BATCH_DIMENSIONS = 4
 # A body with its parts or files, or with its numbers, which may be in another type.
-_READING_COPIES = {MULTIPART: 3, JSON: 2, RAW: 3, NPY: 3, SAFETENSORS: 3}
+_READING_COPIES = {MULTIPART: 2, JSON: 2, RAW: 3, NPY: 3, SAFETENSORS: 3}
 _BYTES_OF_JSON_NUMBER = 7  # while it is read: in float32, and twice in the skeleton of the lists
 
 

@@ -38,8 +38,6 @@ from service.settings import Settings
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_RESULT_COPIES = 2  # a request's own, and the batches that they came in
-
 
 class Pipeline:
     """The parts of one application, kept in ``app.state.pipeline``."""
@@ -230,10 +228,14 @@ class Call:
         """
         engine = self._pipeline.engine
         result_bytes = len(inputs) * _result_bytes(engine.tokenizer, key.operation)
+        input_bytes = sum(tensor.nbytes for tensor in inputs)
+        kept_bytes = 0 if key.operation is Operation.ENCODE else input_bytes
         self._place.hold_bytes(
-            sum(tensor.nbytes for tensor in inputs)
-            + _RESULT_COPIES * result_bytes
-            + writing_bytes(key.operation, media_type, result_bytes)
+            result_bytes
+            + max(
+                input_bytes + result_bytes,  # the batches that results came in
+                kept_bytes + writing_bytes(key.operation, media_type, result_bytes),
+            )
         )
         job = Job(key, inputs, self._context.deadline_s)
         engine.submit(job)

@@ -68,6 +68,7 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
         images = await _read_images(call, options, tokenizer)
         key = BatchKey(Operation.ENCODE, options.latent, options.normalize)
         latents = await call.compute(key, images, media_type)
+        del images  # no pixel is needed while the answer is written
         write = partial(latents_answer, latents, media_type, options, Origin.of(tokenizer))
         return await call.answer(write, is_quick=media_type != JSON and latents.numel() <= _QUICK_NUMBERS)
 
