@@ -249,7 +249,7 @@ def test_a_hung_device_fails_everything_that_was_accepted(gated: Any) -> None:
     assert told.wait(10)
     assert engine.state is EngineState.FAILED
     assert engine.broken
-    assert "busy with one batch for over 0.5 s" in str(engine.failure)
+    assert "busy with one batch for over" in str(engine.failure)
     for job in jobs:
         with pytest.raises(UnavailableError, match="engine has failed"):
             job.future.result(10)
