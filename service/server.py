@@ -85,6 +85,7 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             if isinstance(connection, BoundedHttpProtocol):
                 connection.give_up()
+        await asyncio.sleep(_DRAIN_INTERVAL_S)  # whose connection was closed ends by itself
         for task in list(self.server_state.tasks):
             task.cancel()
 
