@@ -160,12 +160,18 @@ class DecoderLink(asyncio.Protocol):
         return bool(self._free_slots) and self.responds
 
     def takes(self, job: Job) -> bool:
-        """Whether it takes this image now: several only where they are soon done."""
+        """Whether it takes this image now: several only where they are soon done, and lie in the arena."""
         if not self.has_room:
             return False
         num_pixels = sum(other.num_pixels for other in self.jobs) + job.num_pixels
         num_images = sum(other.request is job.request for other in self.jobs)
-        return not self.jobs or (num_pixels <= STORE_PIXELS and num_images < MAX_REQUEST_IMAGES)
+        is_short = len(job.part.data) <= SLOT_BYTES
+        return not self.jobs or (is_short and num_pixels <= STORE_PIXELS and num_images < MAX_REQUEST_IMAGES)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether bytes of its first image wait in this process because it has not read them."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     def send(self, job: Job) -> None:
         """Give it an image, for which it has room."""

@@ -206,13 +206,15 @@ class Decoders:
         return min(usable, key=lambda link: len(link.jobs), default=None)
 
     def _withdraw(self, request: ImageRequest, jobs: Sequence[Job]) -> None:
-        """A request has ended: nothing of it is begun any more, and no decoder goes on with a large image."""
+        """A request has ended: nothing of it is begun or kept, and no decoder goes on with a large image."""
         self._waiting.pop(request, None)
         request.waiting.clear()
         for job in jobs:
             job.future.cancel()
+            job.part = job.part._replace(data=b"")
         for link in self._decoders:
-            if link.jobs and link.jobs[0].is_large and link.jobs[0].future.cancelled():
+            first = link.jobs[0] if link.jobs else None
+            if first and first.future.cancelled() and (first.is_large or link.is_behind):
                 link.discarded = True
                 link.kill()
 

@@ -316,6 +316,27 @@ def test_bytes_of_requests_that_ended_are_not_kept() -> None:
     run(test, processes=1)
 
 
+def test_a_long_file_of_a_request_that_ended_leaves_with_it() -> None:
+    """Also where its decoder was stopped before it had read the file."""
+    long_file = png((1, 1, 1)) + bytes(4 * SLOT_BYTES)
+
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        (link,) = decoders._decoders
+        os.kill(link.pid, signal.SIGSTOP)
+        tasks = [asyncio.ensure_future(decoders.decode(parts(long_file), RULES)) for _ in range(4)]
+        await asyncio.sleep(0)
+        assert len(link.jobs) == 1, "further ones wait where they are counted"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not decoders._waiting
+        assert not any(job.part.data for job in link.jobs)
+        assert link.discarded
+        assert len(await decoders.decode(parts(long_file), RULES)) == 1
+
+    run(test, processes=1)
+
+
 def test_pixels_are_admitted() -> None:
     limits = PixelLimits(max_request_pixels=40_000_000, queue_limit_pixels=60_000_000, retry_after_s=3)
 
