@@ -133,6 +133,9 @@ def _tokenizer_config(
     name: str, config: AutoencoderRaeConfig, fusion: FusionConfig | None, buffers: Mapping[str, Tensor]
 ) -> TokenizerConfig:
     encoder = encoder_of(config)
+    pixel_std = _pixel_triple("encoder_std", buffers, config.encoder_norm_std or IMAGENET_STD)
+    if min(pixel_std) <= 0:
+        raise CheckpointError(f"'encoder_std' is {list(pixel_std)}, expected numbers above 0")
     return TokenizerConfig(
         name=name,
         image_size=config.image_size or config.patch_size * encoder.grid,
@@ -140,7 +143,7 @@ def _tokenizer_config(
         fusion=fusion,
         decoder=decoder_of(config, encoder.grid),
         pixel_mean=_pixel_triple("encoder_mean", buffers, config.encoder_norm_mean or IMAGENET_MEAN),
-        pixel_std=_pixel_triple("encoder_std", buffers, config.encoder_norm_std or IMAGENET_STD),
+        pixel_std=pixel_std,
     )
 
 

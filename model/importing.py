@@ -101,8 +101,6 @@ def assemble(
         CheckpointError: a tensor is no float type, or is not one of the configuration's.
     """
     notes = list(notes)
-    if min(config.pixel_std) <= 0:
-        raise CheckpointError(f"{source}: pixel deviation {list(config.pixel_std)}, expected numbers above 0")
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():

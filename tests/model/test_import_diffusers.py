@@ -205,7 +205,7 @@ def test_a_transformers_folder_is_sent_elsewhere(folder):
         ("decoder.decoder_norm.bias", torch.full((48,), torch.nan), "decoder_norm.bias' holds a NaN"),
         ("_latents_std", torch.ones(64, 5, 5), "'_latents_std' has shape [64, 5, 5], expected [64, 4, 4]"),
         ("_latents_std", -torch.ones(LATENT_SHAPE), "'_latents_std' has a negative value"),
-        ("encoder_std", torch.zeros(1, 3, 1, 1), "pixel deviation [0.0, 0.0, 0.0]"),
+        ("encoder_std", torch.zeros(1, 3, 1, 1), "'encoder_std' is [0.0, 0.0, 0.0]"),
         ("decoder.decoder_pos_embed", torch.zeros(1, 17, 48), "differs from the fixed sin-cos positions"),
         ("decoder.decoder_norm.bias", torch.zeros(48, dtype=torch.int64), "'norm.bias' is torch.int64"),
     ],
