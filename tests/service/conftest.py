@@ -1,6 +1,7 @@
 """A tiny tokenizer, and real servers on real sockets."""
 
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -216,3 +217,14 @@ def assert_problem(response: httpx.Response, status: int, slug: str, *words: str
     for word in words:
         assert word in detail, detail
     return dict(problem)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    received = b""
+    try:
+        while chunk := connection.recv(65536):
+            received += chunk
+    except ConnectionResetError:
+        pass
+    return received

@@ -14,6 +14,7 @@ from service.app import create_app
 from service.errors import HeadersTooLargeError, MalformedError, TransferCodingError
 from service.framing import MAX_VALUE_BYTES, Framer, body_bytes, is_read
 from service.settings import Settings
+from tests.service.conftest import read_all
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
@@ -130,12 +131,7 @@ def exchange(address: tuple[str, int], data: bytes) -> tuple[list[int], bytes]:
     """Statuses of all answers until the server closes, and every byte of them."""
     with socket.create_connection(address, timeout=30) as connection:
         connection.sendall(data)
-        received = b""
-        try:
-            while chunk := connection.recv(65536):
-                received += chunk
-        except ConnectionResetError:
-            pass
+        received = read_all(connection)
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)], received
 
 

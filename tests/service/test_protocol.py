@@ -16,6 +16,7 @@ from model.tokenizer import Tokenizer
 from service.app import create_app
 from service.protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from service.settings import Settings
+from tests.service.conftest import read_all
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 Address = tuple[str, int]
@@ -27,17 +28,6 @@ def address_of(running: Any) -> Address:
 
 def connect(address: Address) -> socket.socket:
     return socket.create_connection(address, timeout=30)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
-    received = b""
-    try:
-        while chunk := connection.recv(65536):
-            received += chunk
-    except ConnectionResetError:
-        pass
-    return received
 
 
 def read_answer(connection: socket.socket) -> bytes:
