@@ -22,12 +22,14 @@ EXAMPLES = """\
   torchrun --nproc-per-node 8 --no-python drorae evaluate --data imagenet/val --output report/
 """
 DESCRIPTION = """\
-Reconstruct every photo and print the mean PSNR and SSIM, LPIPS and rFID where their weights are
-here, and a Frechet distance in EfficientNet-Lite0 features. With --output also writes JSON, a
+Reconstruct every photo and print the mean PSNR, SSIM, edge ratio and detail, LPIPS and rFID where
+their weights are here, and a Frechet distance in EfficientNet-Lite0 features. With --readout-photos
+also print what a linear map reads from the latents: enriched less base is what the fusion adds,
+and the readout of a 3x3 neighbourhood is what a decoder has to beat. With --output also writes JSON, a
 Markdown table, the figures of each photo as CSV, and a grid of the worst and best; a command that
 was cut off then continues where it was when it is given again, on any number of ranks.
 """
-METRICS = ("psnr", "ssim", "lpips", "frechet_efficientnet_lite0", "rfid")
+METRICS = ("psnr", "ssim", "edge_ratio", "detail", "readout", "lpips", "frechet_efficientnet_lite0", "rfid")
 LATENTS: dict[str, tuple[LatentKind, ...]] = {
     "base": ("base",),
     "enriched": ("enriched",),
@@ -52,6 +54,13 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME,...",
         help=f"of {', '.join(METRICS)} (default: all whose weights are here)",
     )
+    parser.add_argument(
+        "--readout-photos",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="fit linear readouts on at most 300 of these photos, a folder or tar; may be repeated",
+    )
     add_workers(parser)
     files = parser.add_argument_group("weight files", "by default looked for where their libraries keep them")
     files.add_argument("--inception-weights", type=Path, metavar="FILE", help="FID's Inception, for rfid")
@@ -64,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate; gives the evaluation's exit status."""
     settings = read_settings(arguments)
     check_photos(arguments.data)
+    if arguments.readout_photos:
+        check_photos(arguments.readout_photos)
     if arguments.output is not None and arguments.output.is_file():
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
     metrics = _read_metrics(arguments.metrics)
@@ -82,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             latents=LATENTS[arguments.latent] if arguments.latent else None,
             metrics=metrics,
             weights=WeightFiles(arguments.vgg_weights, arguments.lpips_weights, arguments.inception_weights),
+            readout_photos=arguments.readout_photos,
             limit=arguments.limit,
             batch_size=settings.batch_size,
             device=settings.device,

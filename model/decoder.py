@@ -59,8 +59,7 @@ class Decoder(Freezable):
         Returns:
             [B, 3, grid * p, grid * p], nominally in [0, 1] but not clamped.
         """
-        patches = self.predict(self.features(tokens))
-        return self._unpatchify(patches) * self.pixel_std + self.pixel_mean
+        return self.to_pixels(self.predict(self.features(tokens)))
 
     def features(self, tokens: Tensor) -> Tensor:
         """What the last layer sees of latent tokens [B, N, C]: [B, N, D]."""
@@ -75,6 +74,10 @@ class Decoder(Freezable):
         normalized = (images - self.pixel_mean) / self.pixel_std
         size = (3, self.grid, self.patch_size, self.grid, self.patch_size)
         return normalized.view(-1, *size).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def to_pixels(self, patches: Tensor) -> Tensor:
+        """Inverse of `patchify`."""
+        return self._unpatchify(patches) * self.pixel_std + self.pixel_mean
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         side = self.grid * self.patch_size

@@ -223,7 +223,10 @@ class Tokenizer(nn.Module):
 
     def tokens(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
         """Differentiable encode: images [B, 3, S, S] in [0, 1] to latent tokens [B, N, C]."""
-        hidden_states = self.encoder(self.preprocess(images))
+        return self.tokens_of(self.encoder(self.preprocess(images)), latent)
+
+    def tokens_of(self, hidden_states: list[Tensor], latent: LatentKind = "enriched") -> Tensor:
+        """Latent tokens [B, N, C] of every block's patch tokens, as the encoder gives them."""
         if latent == "base" or self.fusion is None:
             return token_norm(hidden_states[-1], self.config.encoder.layer_norm_eps)
         return self.fusion(hidden_states)

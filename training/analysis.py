@@ -28,8 +28,7 @@ from training.errors import DataError
 from training.files import write_json
 from training.moments import FeatureMoments
 from training.optimization import resolve_device
-from training.passes import spread_samples
-from training.sources import list_samples
+from training.sources import list_samples, spread_samples
 from training.streaming import ColumnMoments, Histogram
 
 logger = logging.getLogger(__name__)

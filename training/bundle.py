@@ -1,6 +1,6 @@
 """Turn the finished runs of phases 0 to 3 into the bundled checkpoint and the pages that show it.
 
-``python -m training.bundle runs/mini --validation SHARD``
+``python -m training.bundle runs/mini --validation SHARD --readout-photos FOLDER``
 """
 
 import argparse
@@ -17,9 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from model.checkpoints import BUNDLED_DIRECTORY
-from model.tokenizer import Tokenizer
-from training.evaluate import Evaluation, evaluate_tokenizer
+from model.tokenizer import LatentKind, Tokenizer
+from training.data import evaluation_batches
+from training.distributed import Ranks
+from training.passes import PassConfig
 from training.pictures import reconstruction_grid, save_image
+from training.quality import Metrics, WeightFiles, measure_quality
+from training.readout import fit_readouts
+from training.shards import ShardStore
+from training.sources import Sample, list_samples
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,14 +36,20 @@ PHASES = ("phase1", "phase2", "phase3")
 PICTURES = 6
 # Every 45th validation image, so that the pictures come from both of the pack's sources.
 PICTURE_STRIDE = 45
+BATCH_SIZE = 25
+LATENTS: tuple[LatentKind, ...] = ("base", "enriched")
+METRICS = ("psnr", "ssim", "edge_ratio", "detail", "readout")
 
 
-def bundle(runs: Path, validation: Sequence[Path], pages: Path, name: str = "mini") -> dict[str, Any]:
+def bundle(
+    runs: Path, validation: Sequence[Path], readout_photos: Sequence[Path], pages: Path, name: str = "mini"
+) -> dict[str, Any]:
     """Evaluate the phases, write ``model/bundled/<name>`` in half precision and the report.
 
     Args:
-        runs: folder with the run directories phase0 ... phase3.
+        runs: folder with the run directories phase0, phase0-continued, phase1, phase2 and phase3.
         validation: folders or shards.
+        readout_photos: folders or shards on which the linear readouts are fitted.
         pages: folder for ``results.json``, ``curve.png`` and ``grid.png``.
         name: of the bundled checkpoint.
 
@@ -45,49 +57,60 @@ def bundle(runs: Path, validation: Sequence[Path], pages: Path, name: str = "min
         The report.
     """
     final = Tokenizer.load(runs / "phase3" / "checkpoint")
+    stages = sorted(folder.name for folder in runs.iterdir() if (folder / "run.json").exists())
     histories = {
-        p: json.loads((runs / p / "run.json").read_text(encoding="utf-8")) for p in ("phase0", *PHASES)
+        stage: json.loads((runs / stage / "run.json").read_text(encoding="utf-8")) for stage in stages
     }
     final.config = final.config.model_copy(update={"name": name})
     provenance = {
         "phases": {
-            phase: {
+            stage: {
                 key: history[key] for key in ("recipe", "networks", "training_seconds", "device", "torch")
             }
-            for phase, history in histories.items()
+            for stage, history in histories.items()
         }
     }
     info = final.save(BUNDLED_DIRECTORY / name, torch.float16, provenance)
-    checkpoints = {phase: runs / phase / "checkpoint" for phase in PHASES}
-    checkpoints["bundled (float16)"] = info.path
-    reports = {phase: _evaluate(path, validation) for phase, path in checkpoints.items()}
+    samples = list_samples(validation)
     summary = {
-        "validation_images": len(reports["phase3"].per_image),
-        "phases": {p: {"psnr_db": round(r.psnr_db, 3), "ssim": round(r.ssim, 4)} for p, r in reports.items()},
-        "training_seconds": {phase: history["training_seconds"] for phase, history in histories.items()},
+        "validation_images": len(samples),
+        "phases": {phase: histories[phase]["validation"] for phase in PHASES},
+        "bundled (float16)": _measure(info.path, samples, readout_photos),
+        "training_seconds": {stage: history["training_seconds"] for stage, history in histories.items()},
         "device": histories["phase3"]["device"],
         "checkpoint_bytes": sum(file.stat().st_size for file in info.path.iterdir()),
     }
     pages.mkdir(parents=True, exist_ok=True)
     (pages / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    save_image(_grid(reports), pages / "grid.png")
+    save_image(_grid(runs, samples, summary["phases"]), pages / "grid.png")
     _plot_curves(runs, pages / "curve.png")
     return summary
 
 
-def _evaluate(path: Path, validation: Sequence[Path]) -> Evaluation:
-    return evaluate_tokenizer(Tokenizer.load(path), validation, num_pictures=PICTURES * PICTURE_STRIDE)
+def _measure(
+    path: Path, samples: Sequence[Sample], readout_photos: Sequence[Path]
+) -> dict[LatentKind, dict[str, float | None]]:
+    """By latent: PSNR, SSIM, edge ratio, detail and readouts of a checkpoint."""
+    tokenizer = Tokenizer.load(path)
+    readouts = fit_readouts(tokenizer, readout_photos, LATENTS)
+    metrics = Metrics(METRICS, WeightFiles(), tokenizer, readouts)
+    config = PassConfig(tokenizer.config.image_size, BATCH_SIZE, "evaluate")
+    return measure_quality(tokenizer, samples, LATENTS, metrics, config, ShardStore(None, {}), Ranks()).means
 
 
-def _grid(reports: dict[str, Evaluation]) -> Image.Image:
-    def spread(images: Tensor) -> Tensor:
-        return images[::PICTURE_STRIDE][:PICTURES]
-
-    rows = [spread(reports["phase1"].originals)] + [spread(reports[p].reconstructions) for p in PHASES]
-    labels = ["original"] + [
-        f"{p}: {reports[p].psnr_db:.2f} dB, SSIM {reports[p].ssim:.3f} (mean of {len(reports[p].per_image)})"
-        for p in PHASES
-    ]
+def _grid(runs: Path, samples: Sequence[Sample], figures: dict[str, dict[str, float]]) -> Image.Image:
+    """Originals, and what each phase makes of them."""
+    side = Tokenizer.load(runs / "phase1" / "checkpoint").config.image_size
+    chosen = samples[::PICTURE_STRIDE][:PICTURES]
+    originals = torch.cat(
+        [batch.pixels(torch.device("cpu")) for _, batch in evaluation_batches(chosen, side, PICTURES)]
+    )
+    rows: list[Tensor] = [originals]
+    labels = ["original"]
+    for phase in PHASES:
+        rows.append(Tokenizer.load(runs / phase / "checkpoint").reconstruct(originals))
+        psnr_db, ssim = figures[phase]["psnr_db"], figures[phase]["ssim"]
+        labels.append(f"{phase}: {psnr_db:.2f} dB, SSIM {ssim:.3f} (mean of {len(samples)})")
     return reconstruction_grid(rows, labels)
 
 
@@ -122,11 +145,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bundle finished runs as a checkpoint, with its report.")
     parser.add_argument("runs", type=Path, help="folder with phase0 ... phase3")
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="folders or shards")
+    parser.add_argument(
+        "--readout-photos", type=Path, nargs="+", required=True, help="to fit the linear readouts on"
+    )
     parser.add_argument("--pages", type=Path, default=Path("docs/mini"), help="report folder (docs/mini)")
     parser.add_argument("--name", default="mini", help="name of the bundled checkpoint (mini)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    print(json.dumps(bundle(arguments.runs, arguments.validation, arguments.pages, arguments.name), indent=2))  # noqa: T201
+    report = bundle(
+        arguments.runs, arguments.validation, arguments.readout_photos, arguments.pages, arguments.name
+    )
+    print(json.dumps(report, indent=2))  # noqa: T201 - the command's own output
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the frozen parts give for every crop, kept on disk: latents, or the hidden states that phase 2 fuses.
+"""Every crop, and what the frozen parts give for it, kept on disk: latents, or the states that phase 2 fuses.
+
+Training from a cache decodes no image and runs no frozen encoder.
 
 A folder holds ``cache.json``, which says what the values were made from, and safetensors shards of some
 256 MiB that are mapped into memory and read an entry at a time. An entry carries a checksum; a cache of
 other weights, images or crops is refused.
 
-Shape legend: K crops an image, L layers (1 for latents), N tokens, C width.
+Shape legend: K crops an image, L layers (1 for latents), N tokens, C width, S side of a crop.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import FrozenConfig, TokenizerConfig
+from training.data import StoredCrop
 from training.errors import CacheError, RecipeError
 from training.recipe import DataConfig, PhaseRecipe
 from training.sources import Sample, expand_path
@@ -63,7 +66,7 @@ class CacheManifest(FrozenConfig):
     """Contents of ``cache.json``."""
 
     format: Literal["drorae-cache"] = "drorae-cache"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     key: CacheKey
     images_per_shard: int = Field(ge=1)
 
@@ -86,12 +89,14 @@ class CacheSpec:
     shape: tuple[int, int, int]
     dtype: Literal["float16", "bfloat16", "float32"]
     crops_per_image: int
+    image_size: int
 
     @property
     def entry_bytes(self) -> int:
-        """One crop's values and checksum."""
+        """One crop's pixels, values and checksum."""
         num_layers, num_tokens, width = self.shape
-        return num_layers * num_tokens * width * DTYPES[self.dtype].itemsize + 9
+        values = num_layers * num_tokens * width * DTYPES[self.dtype].itemsize
+        return 3 * self.image_size**2 + values + 9
 
     def num_bytes(self, num_images: int) -> int:
         """Of the whole cache, headers aside."""
@@ -123,7 +128,9 @@ def cache_spec(phase: str, recipe: PhaseRecipe, config: TokenizerConfig) -> Cach
     num_layers = len(config.fused_layers) if kind == "hidden" else 1
     shape = (num_layers, config.encoder.grid**2, config.encoder.width)
     directory = expand_path(recipe.cache.directory)
-    return CacheSpec(directory, kind, shape, recipe.cache.dtype, recipe.data.crops_per_image)
+    return CacheSpec(
+        directory, kind, shape, recipe.cache.dtype, recipe.data.crops_per_image, config.image_size
+    )
 
 
 def make_key(
@@ -131,7 +138,6 @@ def make_key(
     weights_sha256: str,
     samples: Sequence[Sample],
     data: DataConfig,
-    image_size: int,
     seed: int,
     precision: str,
 ) -> CacheKey:
@@ -151,7 +157,7 @@ def make_key(
         crops_per_image=spec.crops_per_image,
         resize_short_side=data.resize_short_side,
         flip=data.flip,
-        image_size=image_size,
+        image_size=spec.image_size,
         seed=seed,
     )
 
@@ -240,18 +246,15 @@ class StateCache:
         self.manifest = manifest
         self._shards: dict[int, Any] = {}
 
-    def read(self, index: int, variant: int) -> Tensor:
-        """The values of one crop.
+    def read(self, index: int, variant: int) -> StoredCrop | None:
+        """One crop, or None of an image that could not be decoded when the cache was made.
 
         Args:
             index: of the image, in the listing.
             variant: of its crops, from 0.
 
-        Returns:
-            [L, N, C] in the cache's dtype.
-
         Raises:
-            CacheError: the shard is missing or damaged, or the image was not readable when it was made.
+            CacheError: the shard is missing or damaged.
         """
         number, offset = divmod(index, self.manifest.images_per_shard)
         if number not in self._shards:
@@ -260,22 +263,23 @@ class StateCache:
         entry = offset * self.manifest.key.crops_per_image + variant
         file = shard_file(self.directory, number)
         if not int(shard.get_slice("is_valid")[entry : entry + 1]):
-            raise CacheError(
-                f"{file}: image {index} could not be decoded when the cache was made: delete the file"
-            )
-        states = shard.get_slice("states")[entry : entry + 1][0]
-        if checksum(states) != int(shard.get_slice("crc32")[entry : entry + 1]):
+            return None
+        pixels, states = (shard.get_slice(name)[entry : entry + 1][0] for name in ("pixels", "states"))
+        if checksum(pixels, states) != int(shard.get_slice("crc32")[entry : entry + 1]):
             raise CacheError(f"{file}: entry {entry} is damaged: delete the file and start again")
-        return states
+        return StoredCrop(pixels, states)
 
     def __getstate__(self) -> dict[str, Any]:
         """Maps of files do not travel to other processes; they open their own."""
         return {**vars(self), "_shards": {}}
 
 
-def checksum(states: Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(states.contiguous().view(torch.uint8).numpy().tobytes())
+def checksum(*tensors: Tensor) -> int:
+    """CRC-32 of the bytes of tensors, one after another."""
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return found
 
 
 def listing_sha256(samples: Sequence[Sample]) -> str:

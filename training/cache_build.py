@@ -82,7 +82,6 @@ def open_or_build_cache(
         _weights_sha256(tokenizer, frozen_sha256, spec.kind),
         samples,
         data,
-        tokenizer.config.image_size,
         seed,
         _resolved(precision, tokenizer.device),
     )
@@ -202,6 +201,8 @@ def _encode(
     """One shard's tensors."""
     count = spec.crops_per_image
     entries = range(images.start * count, images.stop * count)
+    crop_shape = (3, spec.image_size, spec.image_size)
+    stored = torch.zeros(len(entries), *crop_shape, dtype=torch.uint8)
     states = torch.zeros(len(entries), *spec.shape, dtype=DTYPES[spec.dtype])
     is_valid = torch.zeros(len(entries), dtype=torch.uint8)
     loader = DataLoader(
@@ -217,13 +218,19 @@ def _encode(
             found = frozen_states(tokenizer, spec.kind, pixels.to(tokenizer.device).float() / 255)
         place = slice(done, done + len(pixels))
         states[place] = found.to(states.dtype).cpu()
+        stored[place] = pixels
         is_valid[place] = valid
         if not torch.isfinite(states[place][valid]).all():
             raise CacheError(f"field 'cache.dtype': {spec.dtype} does not hold these values; use bfloat16")
         done += len(pixels)
         bar.update(len(pixels))
-    sums = torch.tensor([checksum(state) for state in states], dtype=torch.int64)
-    return {"states": states, "crc32": sums, "is_valid": is_valid}
+    sums = [checksum(*entry) for entry in zip(stored, states, strict=True)]
+    return {
+        "pixels": stored,
+        "states": states,
+        "crc32": torch.tensor(sums, dtype=torch.int64),
+        "is_valid": is_valid,
+    }
 
 
 def _weights_sha256(tokenizer: Tokenizer, frozen_sha256: Mapping[str, str], kind: CacheKind) -> str:

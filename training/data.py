@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,11 +36,18 @@ Item = tuple[Tensor, int, int, Tensor | None]  # image, label, number of broken 
 CROP = 7  # beside order (0), augmentation (1) and the purposes of `training.randomness`
 
 
-class StoredStates(Protocol):
-    """What the frozen parts give for each crop, from a cache (`training.cache`)."""
+class StoredCrop(NamedTuple):
+    """A crop, [3, S, S] uint8, and what the frozen parts give for it, [L, N, C]."""
 
-    def read(self, index: int, variant: int) -> Tensor:
-        """[L, N, C] of one crop of one listed image."""
+    pixels: Tensor
+    states: Tensor
+
+
+class StoredCrops(Protocol):
+    """Crops and their states from a cache (`training.cache`)."""
+
+    def read(self, index: int, variant: int) -> StoredCrop | None:
+        """One crop of one listed image; None where the image could not be decoded."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class PositionedDataset(Dataset[Item]):
         transform: Transform,
         seed: int,
         crops_per_image: int | None = None,
-        stored: StoredStates | None = None,
+        stored: StoredCrops | None = None,
     ) -> None:
         self.samples = samples
         self.transform = transform
@@ -172,21 +179,28 @@ class PositionedDataset(Dataset[Item]):
             self._epoch = epoch
         for num_broken in range(len(self.samples)):
             index = int(self._order[(offset + num_broken) % len(self.samples)])
-            sample = self.samples[index]
-            try:
-                image = decode_image(sample.read())
-            except (DataError, OSError) as exc:
-                logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
-                continue
-            label = -1 if sample.label is None else sample.label
-            if self.crops_per_image is None:
-                crop = self.transform(image, np.random.default_rng((self.seed, 1, position)))
-                return to_byte_tensor(crop), label, num_broken, None
-            variant = epoch % self.crops_per_image
-            crop = fixed_crop(image, self.transform, self.seed, index, variant)
-            states = None if self.stored is None else self.stored.read(index, variant)
-            return to_byte_tensor(crop), label, num_broken, states
+            found = self._crop(position, epoch, index)
+            if found is not None:
+                label = self.samples[index].label
+                return found[0], -1 if label is None else label, num_broken, found[1]
         raise DataError(f"none of the {len(self.samples)} listed images could be decoded")
+
+    def _crop(self, position: int, epoch: int, index: int) -> tuple[Tensor, Tensor | None] | None:
+        """One crop of a listed image, with its states where there is a cache; None where it is broken."""
+        variant = epoch % (self.crops_per_image or 1)
+        if self.stored is not None:
+            return self.stored.read(index, variant)
+        sample = self.samples[index]
+        try:
+            image = decode_image(sample.read())
+        except (DataError, OSError) as exc:
+            logger.warning("skipped %s in %s: %s", sample.key, sample.file, exc)
+            return None
+        if self.crops_per_image is None:
+            crop = self.transform(image, np.random.default_rng((self.seed, 1, position)))
+        else:
+            crop = fixed_crop(image, self.transform, self.seed, index, variant)
+        return to_byte_tensor(crop), None
 
 
 class PositionSampler(Sampler[int]):
@@ -239,7 +253,7 @@ def training_batches(
     seed: int,
     start_batch: int,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-    stored: StoredStates | None = None,
+    stored: StoredCrops | None = None,
     samples: Sequence[Sample] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from batch number ``start_batch`` on: this rank's share of each.

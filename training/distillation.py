@@ -1,9 +1,11 @@
 """Phase 0: pre-train a small encoder where no published weights fit it.
 
 The student learns a classifier's semantics: its class and mean patch token predict the teacher's soft
-labels (Hinton et al. 2015), and its patch tokens at a third, two thirds and the whole of its depth the
-teacher's feature maps at strides 8, 16 and 32 (hints, Romero et al. 2015), so that depth means the same
-in both. Most steps run at a small input, the last ones at the size that is served, as DINOv2 does.
+labels (Hinton et al. 2015) and, where images have classes, those; its patch tokens at a third, two thirds
+and the whole of its depth the teacher's feature maps at strides 8, 16 and 32 (hints, Romero et al. 2015),
+so that depth means the same in both. Its first block also predicts the pixels of each patch linearly, so
+that the fusion finds there what the deeper ones give up. Most steps run at small inputs, the last ones at
+the size that is served, as DINOv2 does.
 
 Shape legend: B batch, N tokens, C student width, S side in pixels.
 """
@@ -11,7 +13,7 @@ Shape legend: B batch, N tokens, C student width, S side in pixels.
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,20 +56,38 @@ VALIDATION_LIMIT = 256
 HINT_WIDTHS = (STAGE_WIDTHS[2], STAGE_WIDTHS[3], FEATURE_WIDTH)
 
 
+class Predictions(NamedTuple):
+    """Of the student's heads.
+
+    Attributes:
+        logits: [B, 1000], to match the teacher's.
+        labels: [B, classes], to match the images' own; None where the recipe names none.
+        maps: three feature maps [B, C_hint, S / patch, S / patch].
+        pixels: [B, 3, S, S], normalised.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    maps: list[Tensor]
+    pixels: Tensor
+
+
 class Student(nn.Module):
     """The encoder with the heads that exist only for distillation."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_classes: int) -> None:
         super().__init__()
         self.encoder = tokenizer.encoder
         self.eps = tokenizer.config.encoder.layer_norm_eps
         config = tokenizer.config.encoder
         self.hint_blocks = (config.depth // 3 - 1, 2 * config.depth // 3 - 1, config.depth - 1)
         self.classifier = nn.Linear(2 * config.width, NUM_CLASSES)
+        self.labeller = nn.Linear(2 * config.width, num_classes) if num_classes else None
         self.projectors = nn.ModuleList(nn.Linear(config.width, width) for width in HINT_WIDTHS)
+        self.painter = nn.Linear(config.width, 3 * config.patch_size**2)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, 1000] and three feature maps [B, C_hint, S / patch, S / patch]."""
+    def forward(self, pixels: Tensor) -> "Predictions":
+        """What the heads make of pixels [B, 3, S, S]."""
         config = self.encoder.config
         grid = pixels.shape[-1] // config.patch_size
         states = [token_norm(state, self.eps) for state in self.encoder.hidden_states(pixels)]
@@ -77,7 +97,14 @@ class Student(nn.Module):
             for projector, block in zip(self.projectors, self.hint_blocks, strict=True)
         ]
         summary = torch.cat([states[-1][:, 0], states[-1][:, prefix:].mean(dim=1)], dim=1)
-        return self.classifier(summary), maps
+        painted = self.painter(states[0][:, prefix:]).transpose(1, 2)
+        side = grid * config.patch_size
+        return Predictions(
+            logits=self.classifier(summary),
+            labels=None if self.labeller is None else self.labeller(summary),
+            maps=maps,
+            pixels=F.fold(painted, (side, side), config.patch_size, stride=config.patch_size),
+        )
 
 
 class DistillationTask(Task):
@@ -91,8 +118,10 @@ class DistillationTask(Task):
         self.samples = list_training_images(recipe.data)
         torch.manual_seed(recipe.seed)
         self.tokenizer = Tokenizer(_encoder_only(recipe)).to(self.device)
+        if recipe.init is not None:
+            _take_encoder(self.tokenizer, recipe.init)
         self.tokenizer.decoder.freeze()
-        self.student = Student(self.tokenizer).to(self.device)
+        self.student = Student(self.tokenizer, recipe.num_classes).to(self.device)
         self.teacher = EfficientNetLite0().to(self.device)
         for block in self.student.encoder.blocks:
             if recipe.compile:
@@ -136,14 +165,15 @@ class DistillationTask(Task):
         recipe = self.recipe
         learning_rate = learning_rate_at(step, recipe.num_steps, recipe.optimizer)
         set_learning_rate(self.optimizer, learning_rate)
-        is_final = step >= recipe.num_steps - recipe.final_steps
         (batch,) = micro_batches
-        images = batch.pixels(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(
-            images, recipe.final_image_size if is_final else recipe.image_size, self.model, self.ranks
+        losses = self._losses(batch, _image_size_at(step, recipe), self.model, self.ranks)
+        total = (
+            recipe.logits * losses["logits"]
+            + recipe.dense * losses["dense"]
+            + recipe.pixels * losses["pixels"]
+            + recipe.labels * losses["labels"]
         )
-        total = recipe.logits * losses["logits"] + recipe.dense * losses["dense"]
         total.backward()
         norm = clip_gradients(self.student, recipe.optimizer.clip_norm)
         self.optimizer.step()
@@ -161,7 +191,7 @@ class DistillationTask(Task):
         with self.ema.applied():
             samples = list_samples(recipe.data.validation)[:VALIDATION_LIMIT]
             for _, batch in evaluation_batches(samples, recipe.teacher_image_size, 32):
-                figures = self._losses(batch.pixels(self.device), recipe.image_size, self.student, Ranks())
+                figures = self._losses(batch, recipe.image_sizes[-1], self.student, Ranks())
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)
                 num_images += len(batch.images)
@@ -189,22 +219,26 @@ class DistillationTask(Task):
         self.ema.load(state["ema"])
 
     def _losses(
-        self, images: Tensor, student_size: int, student: Student | Replicas, ranks: Ranks
+        self, batch: Batch, student_size: int, student: Student | Replicas, ranks: Ranks
     ) -> dict[str, Tensor]:
-        """The two terms on images that ``ranks`` share."""
+        """The terms of the loss on images that ``ranks`` share."""
         recipe = self.recipe
-        with torch.no_grad():
+        images = batch.pixels(self.device)
+        with torch.no_grad(), autocast(self.device, recipe.precision):
             stages = self.teacher.stages(_resize(images, recipe.teacher_image_size))
             target_logits, head_map = self.teacher.classify(stages)
         decoder = self.tokenizer.decoder
         pixels = (_resize(images, student_size) - decoder.pixel_mean) / decoder.pixel_std
         with autocast(self.device, recipe.precision):
-            logits, maps = student(pixels)
-        targets = [stages[2], stages[3], head_map]
-        hints = [_hint_distance(m.float(), target, ranks) for m, target in zip(maps, targets, strict=True)]
+            found = student(pixels)
+        targets = [stages[2].float(), stages[3].float(), head_map.float()]
+        pairs = zip(found.maps, targets, strict=True)
+        hints = [_hint_distance(features.float(), target, ranks) for features, target in pairs]
         return {
-            "logits": F.cross_entropy(logits.float(), target_logits.softmax(dim=-1)),
+            "logits": F.cross_entropy(found.logits.float(), target_logits.float().softmax(dim=-1)),
             "dense": torch.stack(hints).mean(),
+            "pixels": F.mse_loss(found.pixels.float(), pixels),
+            "labels": _label_loss(found.labels, batch.labels.to(self.device)),
         }
 
 
@@ -214,6 +248,20 @@ def _hint_distance(features: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
     grid = min(features.shape[-1], target.shape[-1])
     features, target = (F.adaptive_avg_pool2d(m, grid) for m in (features, target))
     return 1 - F.cosine_similarity(features, target, dim=1).mean()
+
+
+def _label_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
+    """Mean over the images that have a class."""
+    is_labelled = labels >= 0
+    if logits is None or not is_labelled.any():
+        return torch.zeros(())
+    return F.cross_entropy(logits[is_labelled].float(), labels[is_labelled])
+
+
+def _image_size_at(step: int, recipe: DistillationRecipe) -> int:
+    if step >= recipe.num_steps - recipe.final_steps:
+        return recipe.final_image_size
+    return recipe.image_sizes[step % len(recipe.image_sizes)]
 
 
 def _check_recipe(recipe: DistillationRecipe, num_ranks: int) -> None:
@@ -232,6 +280,14 @@ def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:
     if not PRESETS[recipe.preset].encoder.class_token:
         raise RecipeError(f"field 'preset': the encoder of {recipe.preset!r} has no class token")
     return PRESETS[recipe.preset].model_copy(update={"fusion": None, "name": f"{recipe.preset}-phase0"})
+
+
+def _take_encoder(tokenizer: Tokenizer, checkpoint: str) -> None:
+    """Start from an encoder that was distilled before, instead of from random weights."""
+    source = Tokenizer.load(checkpoint, fusion="reference")
+    if source.config.encoder != tokenizer.config.encoder:
+        raise RecipeError(f"field 'init': the encoder of {checkpoint!r} is not the preset's")
+    tokenizer.encoder.load_state_dict(source.encoder.state_dict())
 
 
 def _resize(images: Tensor, side: int) -> Tensor:

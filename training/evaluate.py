@@ -17,10 +17,11 @@ from training.distributed import Ranks, current, process_group
 from training.errors import DataError
 from training.evaluation_report import Report, write_report
 from training.optimization import resolve_device
-from training.passes import RANKS_TIMEOUT_S, SAVE_EVERY_S, PassConfig, default_workers, spread_samples
+from training.passes import RANKS_TIMEOUT_S, SAVE_EVERY_S, PassConfig, default_workers
 from training.quality import Metrics, WeightFiles, measure_quality
+from training.readout import fit_readouts
 from training.shards import ShardStore, listing_digest
-from training.sources import list_samples
+from training.sources import list_samples, spread_samples
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class EvaluationOptions:
     Attributes:
         latents: to reconstruct by way of; None for the enriched one, or what the checkpoint has.
         metrics: names of `training.quality.METRICS`; None for every one whose weights are here.
+        readout_photos: folders or shards on which linear readouts are fitted; None for no readout.
         limit: images used at most, spread over the data; None for all.
         num_workers: processes that decode images; None for what suits the device.
         save_every_s: how often unfinished work is kept, seconds.
@@ -107,6 +109,7 @@ class EvaluationOptions:
     latents: tuple[LatentKind, ...] | None = None
     metrics: tuple[str, ...] | None = None
     weights: WeightFiles = field(default_factory=WeightFiles)
+    readout_photos: list[Path] | None = None
     limit: int | None = None
     batch_size: int = 25
     device: str = "auto"
@@ -133,7 +136,8 @@ def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
     )
     assert tokenizer.checkpoint is not None
     latents = _choose_latents(tokenizer, options.latents)
-    metrics = Metrics(options.metrics, options.weights, tokenizer.device)
+    readouts = fit_readouts(tokenizer, options.readout_photos, latents) if options.readout_photos else None
+    metrics = Metrics(options.metrics, options.weights, tokenizer, readouts)
     listing = list_samples(options.data)
     samples = spread_samples(listing, options.limit)
     workers = default_workers(tokenizer.device) if options.num_workers is None else options.num_workers
@@ -143,6 +147,7 @@ def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
     identity = {
         "checkpoint": tokenizer.checkpoint.sha256,
         "data": listing_digest(samples),
+        "readout_photos": [str(path) for path in options.readout_photos or ()],
         "latents": latents,
         "metrics": [*metrics.columns, *(network.column for network in metrics.networks)],
     }

@@ -22,13 +22,37 @@ from training.sources import Sample
 
 GRID_IMAGES = 8
 GRID_BATCH_SIZE = 8
-IMAGE_TITLES = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips_vgg": "LPIPS (VGG)"}
-DIGITS = {"psnr_db": 3, "ssim": 5, "lpips_vgg": 5}
+IMAGE_TITLES = {
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "edge_ratio": "edge ratio",
+    "detail": "detail",
+    "readout_db": "readout, dB",
+    "readout_3x3_db": "readout 3x3, dB",
+    "lpips_vgg": "LPIPS (VGG)",
+}
+DIGITS = {
+    "psnr_db": 3,
+    "ssim": 5,
+    "edge_ratio": 4,
+    "detail": 4,
+    "readout_db": 3,
+    "readout_3x3_db": 3,
+    "lpips_vgg": 5,
+}
+CAPTIONED = ("psnr_db", "ssim", "lpips_vgg")
 SMALLER_IS_BETTER = frozenset({"lpips_vgg"})
 DEFINITIONS = {
     "psnr_db": "mean over images of 10 log10(1 / mean squared error over RGB), pixels in [0, 1]",
     "ssim": "mean over images and RGB; Gaussian window of sigma 1.5 and 11 pixels, population covariance "
     "(scikit-image: gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)",
+    "edge_ratio": "mean over images of the mean absolute difference of neighbouring pixels across patch "
+    "borders over that inside patches; photos have about 1.04, a mosaic several times that",
+    "detail": "mean over images of the mean absolute difference of neighbouring pixels inside patches, as a "
+    "share of the original's",
+    "readout_db": "PSNR of the ridge regression of a latent token's patch on the token, fitted on the photos "
+    "of --readout-photos: what the latents hold, whatever the decoder",
+    "readout_3x3_db": "the same of the token and its eight neighbours: what a trained decoder has to beat",
     "lpips_vgg": "LPIPS v0.1 with VGG16, mean over images",
     "frechet_efficientnet_lite0": "Frechet distance between the pooled EfficientNet-Lite0 features "
     "(ImageNet weights, 224 pixels) of originals and 8-bit reconstructions; not an FID",
@@ -138,7 +162,9 @@ class Report:
     def _caption(self, figures: Sequence[float]) -> str:
         pairs = zip(self.metrics.columns, figures, strict=True)
         return ", ".join(
-            f"{IMAGE_TITLES[name].split(',')[0]} {value:.{2 + (value < 1)}f}" for name, value in pairs
+            f"{IMAGE_TITLES[name].split(',')[0]} {value:.{2 + (value < 1)}f}"
+            for name, value in pairs
+            if name in CAPTIONED
         )
 
     def _originals(self, images: Sequence[ImageFigures]) -> torch.Tensor:

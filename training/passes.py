@@ -99,13 +99,6 @@ def share(positions: Sequence[int], ranks: Ranks) -> list[int]:
     return list(positions[low:high])
 
 
-def spread_samples(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """At most ``limit`` of the samples, spread evenly over the list; all of them without a limit."""
-    if limit is None or limit >= len(samples):
-        return list(samples)
-    return [samples[index * len(samples) // limit] for index in range(limit)]
-
-
 def read_batches(
     samples: Sequence[Sample], positions: Sequence[int], side: int, batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[int], list[int], Batch | None]]:

@@ -33,7 +33,6 @@ from training.discriminator import (
 from training.distributed import current, is_launched
 from training.errors import TrainingError
 from training.evaluate import evaluate_tokenizer
-from training.initialization import initialize_decoder
 from training.optimization import (
     Ema,
     autocast,
@@ -42,7 +41,6 @@ from training.optimization import (
     make_optimizer,
     resolve_device,
     set_learning_rate,
-    step_generator,
 )
 from training.parallel import (
     Replicas,
@@ -61,7 +59,7 @@ from training.pictures import reconstruction_grid, save_image
 from training.randomness import Purpose, StepRandomness
 from training.recipe import PhaseRecipe
 from training.sources import Sample
-from training.starting import check_recipe, make_tokenizer, with_networks
+from training.starting import check_recipe, initialize_parts, make_tokenizer, with_networks
 from training.statistics import latent_statistics
 from training.trainer import Task
 
@@ -105,9 +103,16 @@ class ReconstructionTask(Task):
         phase: which one.
         recipe: all that it needs.
         samples: the listing of the recipe's ``data.train``, where it is at hand.
+        is_resumed: a state will be loaded, so that no start is fitted.
     """
 
-    def __init__(self, phase: str, recipe: PhaseRecipe, samples: Sequence[Sample] | None = None) -> None:
+    def __init__(
+        self,
+        phase: str,
+        recipe: PhaseRecipe,
+        samples: Sequence[Sample] | None = None,
+        is_resumed: bool = False,
+    ) -> None:
         self.phase = phase
         self.ranks = current()
         self.recipe: PhaseRecipe = recipe
@@ -116,9 +121,8 @@ class ReconstructionTask(Task):
         self.samples = list_training_images(recipe.data) if samples is None else samples
         torch.manual_seed(recipe.seed)
         self.tokenizer = make_tokenizer(phase, recipe).to(self.device)
-        if recipe.decoder_init == "ridge":
-            generator = step_generator(recipe.seed, -1, torch.device("cpu"))
-            initialize_decoder(self.tokenizer, recipe.data.train, recipe.noise_tau, generator)
+        if not is_resumed:
+            initialize_parts(phase, recipe, self.tokenizer)
         self.trained_parts = TRAINED_PARTS[phase] | ({"encoder"} if recipe.train_encoder else set())
         self._freeze()
         self.perceptual = make_perceptual(recipe.loss).to(self.device)
@@ -183,9 +187,8 @@ class ReconstructionTask(Task):
         for number, batch in enumerate(micro_batches):
             images, samples = batch.pixels(self.device), self._samples(number)
             with self.model.micro_batch(is_last=number == len(micro_batches) - 1):
-                reconstructions, losses = self._generator_losses(
-                    step, images, batch.states, samples, randomness
-                )
+                terms = (step, images, batch.states, samples, randomness)
+                reconstructions, losses = self._generator_losses(*terms)
                 (losses.pop("total") / len(micro_batches)).backward()
             pairs.append((images, reconstructions.detach()))
             for name, value in losses.items():
@@ -214,7 +217,7 @@ class ReconstructionTask(Task):
         recipe = self.recipe
         with self._averaged() as tokenizer:
             if tokenizer.fusion is not None:
-                mean, var = latent_statistics(tokenizer, recipe.data.train)
+                mean, var = latent_statistics(tokenizer, recipe.data.train, recipe.statistics_images)
                 tokenizer.set_statistics(mean, var)
             provenance = {**provenance, "phase": self.phase, "frozen_sha256": self.frozen_digests}
             if self.ranks.is_main:
@@ -260,6 +263,9 @@ class ReconstructionTask(Task):
         l1 = (reconstructions - images).abs().mean()
         losses = {"l1": l1}
         total = weights.l1 * l1
+        if weights.l2:
+            losses["l2"] = (reconstructions - images).square().mean()
+            total = total + weights.l2 * losses["l2"]
         if weights.perceptual:
             crop = randomness.shared(Purpose.PERCEPTUAL_CROP)
             losses["perceptual"] = self.perceptual(reconstructions, images, crop)

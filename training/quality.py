@@ -1,20 +1,22 @@
 """Reconstruction quality over a list of images, on any number of ranks.
 
-Per image PSNR, SSIM and LPIPS; over the set, Frechet distances between originals and reconstructions. The
-latter see 8-bit pictures, as they would be stored.
+Per image PSNR, SSIM, LPIPS, edge ratio and detail, and the PSNR of linear readouts, which say what the
+latents hold whatever the decoder makes of it; over the set, Frechet distances between originals and
+reconstructions. The latter see 8-bit pictures, as they would be stored.
 
 Shape legend: B batch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from model.metrics import psnr, ssim
+from model.metrics import detail, edge_ratio, psnr, ssim
 from model.pixels import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import Batch
@@ -31,12 +33,23 @@ from training.frechet import frechet_distance
 from training.moments import FeatureMoments
 from training.passes import PassConfig, run_pass
 from training.perceptual import Lpips, find_lpips
+from training.readout import Readouts
 from training.shards import Shard, ShardStore
 from training.sources import Sample
 
-MetricName = Literal["psnr", "ssim", "lpips", "frechet_efficientnet_lite0", "rfid"]
+MetricName = Literal[
+    "psnr", "ssim", "edge_ratio", "detail", "readout", "lpips", "frechet_efficientnet_lite0", "rfid"
+]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
-IMAGE_COLUMNS = {"psnr": "psnr_db", "ssim": "ssim", "lpips": "lpips_vgg"}
+IMAGE_COLUMNS = {
+    "psnr": "psnr_db",
+    "ssim": "ssim",
+    "edge_ratio": "edge_ratio",
+    "detail": "detail",
+    "lpips": "lpips_vgg",
+}
+READOUT_COLUMNS = ("readout_db", "readout_3x3_db")
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,37 +67,50 @@ class Metrics:
     Attributes:
         columns: those of an image's figures, in order.
         networks: for the Frechet distances.
+        readouts: of each latent, for ``readout``; empty where it is not measured.
         skipped: metric to the reason why it is not measured.
     """
 
-    def __init__(self, wanted: Collection[str] | None, files: WeightFiles, device: torch.device) -> None:
-        """Load what ``wanted`` names; by default every metric whose weights are here.
+    def __init__(
+        self,
+        wanted: Collection[str] | None,
+        files: WeightFiles,
+        tokenizer: Tokenizer,
+        readouts: Mapping[LatentKind, Readouts] | None = None,
+    ) -> None:
+        """Load what ``wanted`` names; by default every metric whose weights and photos are here.
 
         Raises:
             WeightsError: a metric that is named and cannot be measured; says what it needs.
         """
         self.skipped: dict[str, str] = {}
-        self.lpips: Lpips | None = None
         self.networks: list[FeatureNetwork] = []
-        self.columns = [IMAGE_COLUMNS[name] for name in ("psnr", "ssim") if wanted is None or name in wanted]
-        for name in METRICS[2:]:
+        self.readouts = readouts or {}
+        self._measures: dict[str, Measure] = {}
+        self.columns: list[str] = []
+        for name in METRICS:
             if wanted is not None and name not in wanted:
                 continue
             try:
-                self._load(name, files, device)
+                self._load(name, files, tokenizer)
             except WeightsError as exc:
                 if wanted is not None:
                     raise
                 self.skipped[name] = str(exc)
 
-    def _load(self, name: str, files: WeightFiles, device: torch.device) -> None:
-        if name == "lpips":
-            self.lpips = Lpips(*find_lpips(files.vgg, files.lpips)).to(device)
-            self.columns.append(IMAGE_COLUMNS[name])
-        elif name == EFFICIENTNET_COLUMN:
+    def _load(self, name: MetricName, files: WeightFiles, tokenizer: Tokenizer) -> None:
+        device, patch_size = tokenizer.device, tokenizer.config.decoder.patch_size
+        if name == EFFICIENTNET_COLUMN:
             self.networks.append(EfficientNetFeatures(device))
         elif name == INCEPTION_COLUMN:
             self.networks.append(InceptionFeatures(files.inception, device))
+        elif name == "readout":
+            if not self.readouts:
+                raise WeightsError("readout needs photos to fit it on: name them with --readout-photos")
+            self.columns += READOUT_COLUMNS
+        else:
+            self._measures[IMAGE_COLUMNS[name]] = _image_measure(name, files, device, patch_size)
+            self.columns.append(IMAGE_COLUMNS[name])
 
     @property
     def ranking(self) -> str | None:
@@ -92,15 +118,35 @@ class Metrics:
         preferred = ("lpips_vgg", "psnr_db", "ssim")
         return next((column for column in preferred if column in self.columns), None)
 
-    def measure(self, reconstructions: Tensor, images: Tensor) -> list[list[float]]:
-        """Figures of each image in the order of `columns`; both [B, 3, S, S] in [0, 1]."""
-        measures = {"psnr_db": psnr, "ssim": ssim, "lpips_vgg": self.lpips}
-        columns = []
-        for column in self.columns:
-            measure = measures[column]
-            assert measure is not None
-            columns.append(measure(reconstructions, images).double().tolist())
+    def measure(
+        self, tokens: Tensor, latent: LatentKind, reconstructions: Tensor, images: Tensor
+    ) -> list[list[float]]:
+        """Figures of each image in the order of `columns`.
+
+        Args:
+            tokens: the images' latents, [B, N, C].
+            latent: their kind.
+            reconstructions, images: [B, 3, S, S] in [0, 1].
+        """
+        found = {name: measure(reconstructions, images) for name, measure in self._measures.items()}
+        if self.readouts:
+            read = self.readouts[latent].images(tokens)
+            found |= {name: psnr(pixels, images) for name, pixels in zip(READOUT_COLUMNS, read, strict=True)}
+        columns = [found[name].double().tolist() for name in self.columns]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in images]
+
+
+def _image_measure(name: MetricName, files: WeightFiles, device: torch.device, patch_size: int) -> Measure:
+    """What gives a figure for each of reconstructions [B, 3, S, S] and their images."""
+    if name == "lpips":
+        return Lpips(*find_lpips(files.vgg, files.lpips)).to(device)
+    measures: dict[str, Measure] = {
+        "psnr": psnr,
+        "ssim": ssim,
+        "edge_ratio": lambda reconstructions, _: edge_ratio(reconstructions, patch_size),
+        "detail": partial(detail, patch_size=patch_size),
+    }
+    return measures[name]
 
 
 @dataclass(frozen=True)
@@ -180,9 +226,12 @@ class _QualityAccumulator:
         self._add_features("original", images)
         rows: list[list[Any]] = [[position] for position in positions]
         for latent in self.latents:
-            reconstructions = self.tokenizer.reconstruct(images, latent).float()
-            for row, figures in zip(rows, self.metrics.measure(reconstructions, images), strict=True):
-                row.append(figures)
+            latents = self.tokenizer.encode(images, latent)
+            reconstructions = self.tokenizer.decode(latents).float()
+            tokens = latents.flatten(2).transpose(1, 2).float()
+            figures = self.metrics.measure(tokens, latent, reconstructions, images)
+            for row, own in zip(rows, figures, strict=True):
+                row.append(own)
             self._add_features(latent, reconstructions)
         self.rows += rows
 

@@ -58,6 +58,7 @@ class LossConfig(FrozenConfig):
     """L1 + perceptual + adaptively weighted adversarial loss (VQGAN's balance, RAE's weights)."""
 
     l1: Weight = 1.0
+    l2: Weight = Field(0.0, description="Mean squared error; the papers have none.")
     perceptual: Weight = 1.0
     adversarial: Weight = 0.75
     perceptual_network: Literal["auto", "lpips-vgg", "efficientnet-lite0"] = Field(
@@ -102,6 +103,18 @@ class CacheConfig(FrozenConfig):
 
     directory: Path = Field(description="Folder of the cache; made where it is absent.")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Of the stored values.")
+
+
+class FusionStartConfig(FrozenConfig):
+    """A fusion fitted to the frozen linear readout of base latents (`training.fusion_start`)."""
+
+    num_images: PositiveInt = Field(512, description="Images whose tokens it is fitted on.")
+    closed_form: bool = Field(
+        True, description="Start from the solution of `training.fusion_solution`, where the fusion has one."
+    )
+    num_steps: NonNegativeInt = Field(800, description="Optimizer steps (Adam) after it.")
+    batch_tokens: PositiveInt = Field(512, description="Tokens a step.")
+    learning_rate: float = Field(5e-4, gt=0)
 
 
 class BaseRecipe(FrozenConfig):
@@ -149,11 +162,19 @@ class PhaseRecipe(BaseRecipe):
     fusion: FusionConfig | None = Field(
         None, description="Fusion that phase 2 or joint adds; null: preset's."
     )
-    decoder_init: Literal["keep", "ridge"] = Field(
-        "keep", description="Phase 1: keep the checkpoint's decoder, or start as the best linear one."
+    fusion_init: FusionStartConfig | None = Field(
+        None, description="Phase 2 or joint: fit a new fusion to a linear readout first; null: do not."
+    )
+    decoder_init: Literal["keep", "ridge", "neighbours"] = Field(
+        "keep",
+        description="Phases 1 and 3: keep the checkpoint's decoder, or start as the best linear one of a "
+        "token (ridge) or of its 3x3 neighbourhood (neighbours).",
     )
     noise_tau: float = Field(
         0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample."
+    )
+    statistics_images: PositiveInt = Field(
+        2048, description="Images, at most, of the exported checkpoint's latent statistics."
     )
     train_encoder: bool = Field(False, description="Ablation: unfreeze the backbone.")
     cache: CacheConfig | None = Field(
@@ -165,13 +186,20 @@ class DistillationRecipe(BaseRecipe):
     """Phase 0: semantic features for an encoder that no published weights fit."""
 
     ema_decay: float = Field(0.99, ge=0, lt=1)
-    image_size: PositiveInt = Field(112, description="Student input side for most steps, pixels.")
+    image_sizes: tuple[PositiveInt, ...] = Field(
+        (112,), min_length=1, description="Student input sides for most steps, in turn, pixels."
+    )
     teacher_image_size: PositiveInt = Field(160, description="Teacher input side, pixels.")
     final_image_size: PositiveInt = Field(224, description="Student input side at the end, pixels.")
     final_steps: NonNegativeInt = Field(0, description="Steps at the final size (DINOv2's adaptation).")
     final_batch_size: PositiveInt = Field(16, description="Images a step at the final size.")
     logits: Weight = Field(1.0, description="Weight of the class token's soft-label cross-entropy.")
     dense: Weight = Field(1.0, description="Weight of the patch tokens' cosine distance to the feature map.")
+    labels: Weight = Field(0.0, description="Weight of the cross-entropy of the images' own classes.")
+    num_classes: NonNegativeInt = Field(
+        0, description="Classes that the labels name; 0: labels are not used."
+    )
+    pixels: Weight = Field(0.0, description="Weight of the first block's linear prediction of the pixels.")
 
 
 def load_recipe(kind: type[RecipeType], path: Path, overrides: list[str]) -> RecipeType:

@@ -7,7 +7,7 @@ from training.distillation import DistillationTask
 from training.distributed import is_launched, process_group
 from training.errors import RankError
 from training.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
-from training.states import check_run_directory
+from training.states import check_run_directory, holds_state
 from training.trainer import Task, Trainer
 
 logger = logging.getLogger(__name__)
@@ -45,16 +45,17 @@ def run_phase(
     recipe = load_recipe(kind, config_path, overrides)
     check_run_directory(recipe.output, resume)
     with process_group(recipe.device, recipe.distributed.timeout_s):
-        task = _make_task(phase, recipe)
+        is_resumed = resume and holds_state(recipe.output)
+        task = _make_task(phase, recipe, is_resumed)
         figures = Trainer(task, task.recipe.output).run(resume)
     logger.info("%s finished: %s", phase, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     return 0
 
 
-def _make_task(phase: str, recipe: BaseRecipe) -> Task:
+def _make_task(phase: str, recipe: BaseRecipe, is_resumed: bool) -> Task:
     if isinstance(recipe, DistillationRecipe):
         return DistillationTask(recipe)
     from training.phases import ReconstructionTask
 
     assert isinstance(recipe, PhaseRecipe)
-    return ReconstructionTask(phase, recipe)
+    return ReconstructionTask(phase, recipe, is_resumed=is_resumed)

@@ -136,6 +136,13 @@ def list_samples(paths: Sequence[Path]) -> Listing:
     return listing
 
 
+def spread_samples(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """At most ``limit`` of the samples, spread evenly over the list; all of them without a limit."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    return [samples[index * len(samples) // limit] for index in range(limit)]
+
+
 def expand_path(path: Path) -> Path:
     """Replace ``~`` and environment variables such as ``$DRORAE_DATA`` where no file has that very name.
 

@@ -26,10 +26,9 @@ from training.passes import (
     PassConfig,
     default_workers,
     run_pass,
-    spread_samples,
 )
 from training.shards import ShardStore, listing_digest
-from training.sources import Sample, list_samples
+from training.sources import Sample, list_samples, spread_samples
 
 logger = logging.getLogger(__name__)
 

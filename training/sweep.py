@@ -36,6 +36,7 @@ from training.perceptual import make_perceptual
 from training.phases import ReconstructionTask
 from training.recipe import NonNegativeInt, PhaseRecipe, PositiveInt, load_recipe
 from training.sources import list_samples
+from training.states import holds_state
 from training.sweep_report import SweepPoint, write_report
 from training.trainer import Trainer
 from training.workers import end_with_parent
@@ -94,7 +95,7 @@ class PointTask(ReconstructionTask):
     """
 
     def __init__(self, recipe: PhaseRecipe) -> None:
-        super().__init__("phase2", recipe)
+        super().__init__("phase2", recipe, is_resumed=holds_state(recipe.output))
 
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
         """The figures of `measure` on the validation images, with averaged weights."""

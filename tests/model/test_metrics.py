@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.metrics import psnr, ssim
+from model.metrics import detail, edge_ratio, psnr, ssim
 
 skimage_metrics = pytest.importorskip("skimage.metrics")
 
@@ -51,3 +51,19 @@ def test_flat_images_of_16_bit_floats_do_not_lose_the_variance():
     flat = torch.full((1, 3, 16, 16), 0.5, dtype=torch.float16)
     assert ssim(flat, flat).item() == 1
     assert psnr(flat, flat + 0.25).item() == pytest.approx(12.0412, abs=1e-3)
+
+
+def test_edge_ratio_tells_a_mosaic_from_a_ramp() -> None:
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    mosaic = ramp.unflatten(3, (4, 8)).mean(dim=4, keepdim=True).expand(-1, -1, -1, -1, 8).flatten(3)
+    noisy = mosaic + 0.01 * (torch.arange(32) % 2)
+    assert edge_ratio(ramp + 0.5 * ramp.transpose(2, 3), 8).item() == pytest.approx(1, abs=1e-4)
+    assert edge_ratio(noisy, 8).item() > 3
+    assert torch.isfinite(edge_ratio(torch.zeros(1, 3, 32, 32), 8)).all()
+
+
+def test_detail_is_the_share_of_the_references() -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(detail(images, images, 8), torch.ones(2))
+    torch.testing.assert_close(detail(images * 0.25, images, 8), torch.full((2,), 0.25))
+    assert torch.isfinite(detail(images, torch.zeros_like(images), 8)).all()

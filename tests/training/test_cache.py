@@ -16,8 +16,10 @@ from model.tokenizer import Tokenizer
 from tests.training.conftest import LOG_ERROR, ROOT, encode_png, make_image
 from tests.training.test_distributed import torchrun
 from training.cache import StateCache, read_manifest, shard_file
+from training.data import PositionedDataset
 from training.errors import CacheError, RecipeError
 from training.run import run_phase
+from training.sources import list_samples
 
 FIXED = ["data.crops_per_image=2"]
 
@@ -81,6 +83,31 @@ def test_a_second_run_reads_what_the_first_one_made(
     never_encode(monkeypatch)
     run_phase("phase1", recipe_file, [*with_cache, "num_steps=2"], tmp_path / "two")
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_training_does_not_decode_cached_images(
+    recipe_file: Path, tmp_path: Path, with_cache: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_phase("phase2", recipe_file, [*with_cache, "num_steps=1"], tmp_path / "one")
+
+    def refuse(_: bytes) -> None:
+        raise AssertionError("an image was decoded although its crops are cached")
+
+    dataset = PositionedDataset(list_samples([recipe_photos(recipe_file)]), None, 0, 2, open_cache(tmp_path))
+    monkeypatch.setattr("training.data.decode_image", refuse)
+    pixels, _, _, states = dataset[5]
+    assert pixels.shape == (3, 32, 32)
+    assert states.shape == (4, 16, 32)
+
+
+def open_cache(folder: Path) -> StateCache:
+    manifest = read_manifest(folder / "cache")
+    assert manifest is not None
+    return StateCache(folder / "cache", manifest)
+
+
+def recipe_photos(recipe_file: Path) -> Path:
+    return Path(yaml.safe_load(recipe_file.read_text())["data"]["train"][0])
 
 
 def test_training_does_not_encode_cached_crops(
@@ -177,7 +204,7 @@ def test_damage_is_found_when_it_is_read(recipe_file: Path, tmp_path: Path, with
     run_phase("phase1", recipe_file, [*with_cache, "num_steps=1"], tmp_path / "one")
     file = shard_file(tmp_path / "cache", 0)
     data = bytearray(file.read_bytes())
-    data[-20_000] ^= 1  # within the states, which come last
+    data[-20_000] ^= 1  # within the states or pixels of an entry: what is small comes first
     file.write_bytes(data)
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None

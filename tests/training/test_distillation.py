@@ -8,7 +8,7 @@ from model.config import PRESETS
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY
 from training.data import Batch
-from training.distillation import DistillationTask, _hint_distance
+from training.distillation import DistillationTask, _hint_distance, _label_loss
 from training.distributed import Ranks
 from training.errors import RecipeError
 from training.run import run_phase
@@ -24,7 +24,8 @@ def distillation_file(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPa
         "data": {"train": [str(photos)], "validation": [str(photos)], "num_workers": 0},
         "num_steps": 5,
         "batch_size": 4,
-        "image_size": 14,
+        "image_sizes": [14, 21],
+        "pixels": 0.5,
         "teacher_image_size": 32,
         "final_image_size": 28,
         "final_steps": 2,
@@ -63,6 +64,33 @@ def test_resumed_phase0_gives_the_same_weights(
     run_phase("phase0", distillation_file, [], tmp_path / "cut", resume=True)
     whole, cut = (Tokenizer.load(tmp_path / name / "checkpoint").state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_continued_encoder_starts_where_the_first_one_ended(
+    distillation_file: Path, tmp_path: Path
+) -> None:
+    run_phase("phase0", distillation_file, [], tmp_path / "first")
+    init = f"init={tmp_path / 'first' / 'checkpoint'}"
+    rates = ["optimizer.learning_rate=1e-12", "optimizer.final_learning_rate=0"]
+    still = ["num_steps=1", "final_steps=0", *rates]
+    run_phase("phase0", distillation_file, [init, *still], tmp_path / "second")
+    first, second = (Tokenizer.load(tmp_path / name / "checkpoint").encoder for name in ("first", "second"))
+    for before, after in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+
+def test_a_foreign_encoder_is_refused(distillation_file: Path) -> None:
+    with pytest.raises(RecipeError, match="field 'init': the encoder of 'mini'"):
+        run_phase("phase0", distillation_file, ["init=mini"])
+
+
+def test_labels_count_where_there_are_some() -> None:
+    logits = torch.tensor([[5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])
+    right = _label_loss(logits, torch.tensor([0, 1, -1]))
+    wrong = _label_loss(logits, torch.tensor([1, 0, -1]))
+    assert right < 0.01 < 4 < wrong
+    assert _label_loss(logits, torch.tensor([-1, -1, -1])) == 0
+    assert _label_loss(None, torch.tensor([0, 1, 1])) == 0
 
 
 def test_unknown_preset_is_named(distillation_file: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.metrics import psnr, ssim
+from model.metrics import detail, edge_ratio, psnr, ssim
 from model.pictures import fit_picture
 from model.pixels import to_bytes, to_tensor
 from model.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from training.perceptual import VGG_STAGES, Lpips
 from training.pictures import reconstruction_grid, to_image
 from training.probe import linear_probe
 from training.quality import WeightFiles
+from training.readout import fit_readouts
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_command_writes_json_a_table_rows_and_a_grid(
         assert means["ssim"] == pytest.approx(sum(float(row["ssim"]) for row in own) / 12, abs=2e-5)
         assert means["frechet_efficientnet_lite0"] > 0
     table = (report / "evaluation.md").read_text()
-    assert "| latent | PSNR, dB | SSIM | Frechet, EfficientNet-Lite0 |" in table
+    assert "| latent | PSNR, dB | SSIM | edge ratio | detail | Frechet, EfficientNet-Lite0 |" in table
     assert f"| base | {summary['results']['base']['psnr_db']}" in table
     assert "12 images, fewer than its 1280 features, the distance is biased upwards" in table
     assert "FID" not in "".join(summary["results"]["base"])
@@ -219,6 +220,37 @@ def test_lpips_of_given_weights(
     decoded = Tokenizer.load(checkpoint).reconstruct(images)
     expected = Lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(decoded, images).mean().item()
     assert summary["results"]["enriched"] == {"lpips_vgg": pytest.approx(expected, abs=1e-4)}
+
+
+def test_readouts_edges_and_detail_are_columns(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = ("edge_ratio", "detail", "readout")
+    options = {"latents": ("base", "enriched"), "metrics": metrics, "readout_photos": [photos]}
+    evaluate(checkpoint, photos, tmp_path / "report", **options)
+    found = json.loads(capsys.readouterr().out)["results"]
+    tokenizer, images = Tokenizer.load(checkpoint), fitted(photos)
+    for latent, figures in found.items():
+        assert list(figures) == ["edge_ratio", "detail", "readout_db", "readout_3x3_db"]
+        decoded = tokenizer.reconstruct(images, latent)
+        assert figures["edge_ratio"] == pytest.approx(edge_ratio(decoded, 8).mean().item(), rel=1e-3)
+        assert figures["detail"] == pytest.approx(detail(decoded, images, 8).mean().item(), rel=1e-3)
+        one, nine = fit_readouts(tokenizer, [photos], (latent,))[latent].images(
+            tokenizer.tokens(images, latent)
+        )
+        assert figures["readout_db"] == pytest.approx(psnr(one, images).mean().item(), abs=1e-2)
+        assert figures["readout_3x3_db"] == pytest.approx(psnr(nine, images).mean().item(), abs=1e-2)
+    assert (
+        "| latent | edge ratio | detail | readout, dB | readout 3x3, dB |"
+        in (tmp_path / "report" / "evaluation.md").read_text()
+    )
+
+
+def test_readouts_need_photos(checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(checkpoint, photos, limit=3)
+    assert "--readout-photos" in json.loads(capsys.readouterr().out)["not_measured"]["readout"]
+    with pytest.raises(WeightsError, match="readout needs photos"):
+        evaluate(checkpoint, photos, metrics=("readout",))
 
 
 def test_a_tokenizer_without_fusion_has_base_latents_alone(

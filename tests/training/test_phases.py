@@ -17,6 +17,7 @@ import torch
 
 from model.tokenizer import Tokenizer
 from tests.training.conftest import encode_png, make_image
+from training import starting
 from training.errors import DataError, RecipeError, TrainingError
 from training.phases import module_sha256
 from training.run import run_phase
@@ -187,7 +188,8 @@ def test_full_disk_keeps_the_last_state(
         ("phase1", ["accumulation_steps=3"], RecipeError, "accumulation_steps"),
         ("phase1", ["data.train=[/nowhere]"], DataError, "/nowhere does not exist"),
         ("phase1", ["preset=huge"], RecipeError, "field 'preset'"),
-        ("phase3", ["decoder_init=ridge"], RecipeError, "field 'decoder_init'"),
+        ("phase2", ["decoder_init=ridge"], RecipeError, "field 'decoder_init'"),
+        ("phase1", ["fusion_init={num_steps: 2}"], RecipeError, "field 'fusion_init'"),
     ],
 )
 def test_impossible_recipes_name_the_field(
@@ -195,6 +197,35 @@ def test_impossible_recipes_name_the_field(
 ) -> None:
     with pytest.raises(error, match=message):
         run_phase(phase, recipe_file, overrides)
+
+
+def test_fitted_starts_run_once_and_not_on_resume(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state holds what they became; fitting again would cost minutes for nothing."""
+    fitted = []
+    for name in ("initialize_decoder", "initialize_fusion"):
+        function = getattr(starting, name)
+        monkeypatch.setattr(
+            starting,
+            name,
+            lambda *args, function=function, name=name: fitted.append(name) or function(*args),
+        )
+    fusion_init = "fusion_init={num_images: 12, num_steps: 3, batch_tokens: 32}"
+    run_phase("phase1", recipe_file, ["decoder_init=neighbours"], tmp_path / "one")
+    init = f"init={tmp_path / 'one' / 'checkpoint'}"
+    run_phase("phase2", recipe_file, [init, fusion_init], tmp_path / "two")
+    init = f"init={tmp_path / 'two' / 'checkpoint'}"
+    run_phase("phase3", recipe_file, [init, "decoder_init=neighbours"], tmp_path / "three")
+    assert fitted == ["initialize_decoder", "initialize_fusion", "initialize_decoder"]
+    run_phase("phase3", recipe_file, [init, "decoder_init=neighbours"], tmp_path / "three", resume=True)
+    assert len(fitted) == 3
+
+
+def test_squared_error_is_a_loss_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
+    run_phase("phase1", recipe_file, ["loss.l2=1", "loss.l1=0", "num_steps=1"], tmp_path / "run")
+    (row,) = rows(tmp_path / "run" / "train.csv")
+    assert 0 < float(row["l2"]) < float(row["l1"])
 
 
 def test_broken_images_are_counted_in_the_log(recipe_file: Path, photos: Path, tmp_path: Path) -> None:
