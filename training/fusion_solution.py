@@ -1,12 +1,12 @@
 """A fusion in closed form: experts that write what a linear regression finds missing.
 
 Let D be the best linear decoder of base latents, and r what it misses. A ridge regression predicts r from
-the layers before the last; the smallest change of the latent that makes D give the prediction is again linear
-in the layers, ``delta = sum_k M_k x_k``. An expert can be made nearly linear: paired directions give its
-LayerNorm a constant norm, and its shift adds a constant vector beside which ``M_k x_k`` is small, so that LN_bb hardly
-changes it. The constants of all experts cancel, in directions to which D is deaf. The last layer's expert
-keeps z_base, and the router gives it the weight at which the correction, after its two normalisations,
-adds ``delta``.
+the layers before the last; the smallest change of the latent that makes D give the prediction is again
+linear in the layers, ``delta = sum_k M_k x_k``. An expert can be made nearly linear: paired directions give
+its LayerNorm a constant norm, and its shift adds a constant vector beside which ``M_k x_k`` is small, so
+that LN_bb hardly changes it. The constants of all experts cancel, in directions to which D is deaf. The
+last layer's expert keeps z_base, and the router gives it the weight at which the correction, after its two
+normalisations, adds ``delta``.
 
 Shape legend: L layers, C width, H expert hidden width, P patch values (3 p^2), T tokens.
 """
