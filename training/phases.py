@@ -264,8 +264,7 @@ class ReconstructionTask(Task):
         losses = {"l1": l1}
         total = weights.l1 * l1
         if weights.l2:
-            losses["l2"] = (reconstructions - images).square().mean()
-            total = total + weights.l2 * losses["l2"]
+            total = total + weights.l2 * losses.setdefault("l2", (reconstructions - images).square().mean())
         if weights.perceptual:
             crop = randomness.shared(Purpose.PERCEPTUAL_CROP)
             losses["perceptual"] = self.perceptual(reconstructions, images, crop)
