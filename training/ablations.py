@@ -28,8 +28,7 @@ from model.config import FusionConfig
 from model.fusion import Fusion
 from model.tokenizer import Tokenizer
 from training.files import write_atomically, write_json
-from training.fusion_solution import fuse_tokens
-from training.fusion_start import TokenSet, base_decoder, collect_tokens, fit_fusion
+from training.fusion_start import TokenSet, base_decoder, collect_tokens, fit_fusion, fuse_tokens
 from training.readout import PENALTY, Ridge
 from training.recipe import FusionStartConfig
 
@@ -207,9 +206,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     tokenizer = Tokenizer.load(arguments.checkpoint, fusion="reference")
     centre = tokenizer.config.fusion or FusionConfig().fitted(tokenizer.config.encoder)
-    config = FusionStartConfig(
-        num_images=arguments.images, num_steps=arguments.steps, closed_form=False, learning_rate=2e-3
-    )
+    config = FusionStartConfig(num_images=arguments.images, num_steps=arguments.steps, learning_rate=2e-3)
     train = collect_tokens(tokenizer, arguments.train, config.num_images, arguments.precision)
     validation = collect_tokens(tokenizer, arguments.validation, None, arguments.precision)
     results = []

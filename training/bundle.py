@@ -47,7 +47,7 @@ def bundle(
     """Evaluate the phases, write ``model/bundled/<name>`` in half precision and the report.
 
     Args:
-        runs: folder with the run directories phase0, phase0-continued, phase1, phase2 and phase3.
+        runs: folder with the run directories phase0, phase1, phase2 and phase3.
         validation: folders or shards.
         readout_photos: folders or shards on which the linear readouts are fitted.
         pages: folder for ``results.json``, ``curve.png`` and ``grid.png``.

@@ -64,26 +64,30 @@ class Predictions(NamedTuple):
         labels: [B, classes], to match the images' own; None where the recipe names none.
         maps: three feature maps [B, C_hint, S / patch, S / patch].
         pixels: [B, 3, S, S], normalised.
+        reserved: [B, N, R], the last values of the last block's normalised patch tokens.
     """
 
     logits: Tensor
     labels: Tensor | None
     maps: list[Tensor]
     pixels: Tensor
+    reserved: Tensor
 
 
 class Student(nn.Module):
     """The encoder with the heads that exist only for distillation."""
 
-    def __init__(self, tokenizer: Tokenizer, num_classes: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, recipe: DistillationRecipe) -> None:
         super().__init__()
         self.encoder = tokenizer.encoder
         self.eps = tokenizer.config.encoder.layer_norm_eps
         config = tokenizer.config.encoder
         self.hint_blocks = (config.depth // 3 - 1, 2 * config.depth // 3 - 1, config.depth - 1)
-        self.classifier = nn.Linear(2 * config.width, NUM_CLASSES)
-        self.labeller = nn.Linear(2 * config.width, num_classes) if num_classes else None
-        self.projectors = nn.ModuleList(nn.Linear(config.width, width) for width in HINT_WIDTHS)
+        self.free_width = config.width - recipe.reserved_width
+        self.classifier = nn.Linear(2 * self.free_width, NUM_CLASSES)
+        self.labeller = nn.Linear(2 * self.free_width, recipe.num_classes) if recipe.num_classes else None
+        widths = (config.width, config.width, self.free_width)
+        self.projectors = nn.ModuleList(map(nn.Linear, widths, HINT_WIDTHS))
         self.painter = nn.Linear(config.width, 3 * config.patch_size**2)
 
     def forward(self, pixels: Tensor) -> "Predictions":
@@ -92,6 +96,8 @@ class Student(nn.Module):
         grid = pixels.shape[-1] // config.patch_size
         states = [token_norm(state, self.eps) for state in self.encoder.hidden_states(pixels)]
         prefix = config.num_prefix_tokens
+        reserved = states[-1][:, prefix:, self.free_width :]
+        states[-1] = states[-1][..., : self.free_width]
         maps = [
             projector(states[block][:, prefix:]).transpose(1, 2).unflatten(2, (grid, grid))
             for projector, block in zip(self.projectors, self.hint_blocks, strict=True)
@@ -104,6 +110,7 @@ class Student(nn.Module):
             labels=None if self.labeller is None else self.labeller(summary),
             maps=maps,
             pixels=F.fold(painted, (side, side), config.patch_size, stride=config.patch_size),
+            reserved=reserved,
         )
 
 
@@ -121,7 +128,7 @@ class DistillationTask(Task):
         if recipe.init is not None:
             _take_encoder(self.tokenizer, recipe.init)
         self.tokenizer.decoder.freeze()
-        self.student = Student(self.tokenizer, recipe.num_classes).to(self.device)
+        self.student = Student(self.tokenizer, recipe).to(self.device)
         self.teacher = EfficientNetLite0().to(self.device)
         for block in self.student.encoder.blocks:
             if recipe.compile:
@@ -173,6 +180,7 @@ class DistillationTask(Task):
             + recipe.dense * losses["dense"]
             + recipe.pixels * losses["pixels"]
             + recipe.labels * losses["labels"]
+            + losses["reserved"]
         )
         total.backward()
         norm = clip_gradients(self.student, recipe.optimizer.clip_norm)
@@ -191,7 +199,7 @@ class DistillationTask(Task):
         with self.ema.applied():
             samples = list_samples(recipe.data.validation)[:VALIDATION_LIMIT]
             for _, batch in evaluation_batches(samples, recipe.teacher_image_size, 32):
-                figures = self._losses(batch, recipe.image_sizes[-1], self.student, Ranks())
+                figures = self._losses(batch, recipe.image_size, self.student, Ranks())
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)
                 num_images += len(batch.images)
@@ -239,6 +247,7 @@ class DistillationTask(Task):
             "dense": torch.stack(hints).mean(),
             "pixels": F.mse_loss(found.pixels.float(), pixels),
             "labels": _label_loss(found.labels, batch.labels.to(self.device)),
+            "reserved": _excess_variance(found.reserved.float(), recipe.reserved_variance, ranks),
         }
 
 
@@ -258,10 +267,18 @@ def _label_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[is_labelled].float(), labels[is_labelled])
 
 
+def _excess_variance(values: Tensor, limit: float, ranks: Ranks) -> Tensor:
+    """By how much the mean squares of those values exceed the limit that do so over the global batch."""
+    if not values.shape[-1]:
+        return values.new_zeros(())
+    squares = values.square().mean(dim=(0, 1))
+    exceeds = ranks.all_reduce_mean(squares.detach().clone()) > limit
+    return ((squares - limit) * exceeds).mean()
+
+
 def _image_size_at(step: int, recipe: DistillationRecipe) -> int:
-    if step >= recipe.num_steps - recipe.final_steps:
-        return recipe.final_image_size
-    return recipe.image_sizes[step % len(recipe.image_sizes)]
+    is_final = step >= recipe.num_steps - recipe.final_steps
+    return recipe.final_image_size if is_final else recipe.image_size
 
 
 def _check_recipe(recipe: DistillationRecipe, num_ranks: int) -> None:
@@ -277,6 +294,9 @@ def _check_recipe(recipe: DistillationRecipe, num_ranks: int) -> None:
 def _encoder_only(recipe: DistillationRecipe) -> TokenizerConfig:
     if recipe.preset is None:
         raise RecipeError(f"field 'preset': name the architecture, one of {', '.join(PRESETS)}")
+    width = PRESETS[recipe.preset].encoder.width
+    if recipe.reserved_width >= width:
+        raise RecipeError(f"field 'reserved_width': the tokens are {width} wide")
     if not PRESETS[recipe.preset].encoder.class_token:
         raise RecipeError(f"field 'preset': the encoder of {recipe.preset!r} has no class token")
     return PRESETS[recipe.preset].model_copy(update={"fusion": None, "name": f"{recipe.preset}-phase0"})

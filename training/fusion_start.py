@@ -22,7 +22,6 @@ from model.pixels import to_unit
 from model.tokenizer import Tokenizer
 from training.data import evaluation_batches
 from training.errors import DataError
-from training.fusion_solution import fuse_tokens, is_solvable, solve_fusion
 from training.optimization import autocast, learning_rate_at, set_learning_rate
 from training.readout import PENALTY, Ridge
 from training.recipe import FusionStartConfig, OptimizerConfig
@@ -71,13 +70,18 @@ def collect_tokens(
     return TokenSet(torch.cat(states), torch.cat(patches))
 
 
+def fuse_tokens(fusion: Fusion, states_TLC: Tensor) -> Tensor:
+    """Enriched latents [T, C] of tokens' hidden states [T, L, C]."""
+    return fusion([layer[None] for layer in states_TLC.float().unbind(dim=1)])[0]
+
+
 def base_decoder(tokens: TokenSet, eps: float) -> nn.Linear:
     """The best linear decoder of base latents, one token to its patch, frozen."""
     ridge = Ridge(tokens.states.shape[-1], tokens.patches.shape[-1])
     for states, patches in zip(tokens.states.split(4096), tokens.patches.split(4096), strict=True):
         ridge.add(token_norm(states[:, -1].float(), eps), patches)
     weights = ridge.solve(PENALTY * ridge.num_rows).weights.to(tokens.states.device, torch.float32)
-    decoder = nn.Linear(*weights[:-1].shape, device=weights.device)
+    decoder = nn.Linear(weights.shape[0] - 1, weights.shape[1], device=weights.device)
     with torch.no_grad():
         decoder.weight.copy_(weights[:-1].T)
         decoder.bias.copy_(weights[-1])
@@ -137,6 +141,4 @@ def initialize_fusion(
     assert tokenizer.fusion is not None
     tokens = collect_tokens(tokenizer, paths, config.num_images, precision)
     decoder = base_decoder(tokens, tokenizer.config.encoder.layer_norm_eps)
-    if config.closed_form and is_solvable(tokenizer.fusion):
-        solve_fusion(tokenizer.fusion, tokens.states, tokens.patches, decoder, generator)
     fit_fusion(tokenizer.fusion, tokens, decoder, config, generator, precision)

@@ -67,7 +67,7 @@ def encoder_features(tokenizer: Tokenizer, paths: Sequence[Path], image_size: in
             summaries = [tokens[:, config.num_prefix_tokens :].mean(dim=1)]
             if config.class_token:
                 summaries.insert(0, tokens[:, 0])
-            features.append(torch.cat(summaries, dim=1).float())
+            features.append(torch.cat(summaries, dim=1).float().cpu())
             labels.append(batch.labels)
             bar.update(len(batch.labels))
     return torch.cat(features), torch.cat(labels)

@@ -108,13 +108,10 @@ class CacheConfig(FrozenConfig):
 class FusionStartConfig(FrozenConfig):
     """A fusion fitted to the frozen linear readout of base latents (`training.fusion_start`)."""
 
-    num_images: PositiveInt = Field(512, description="Images whose tokens it is fitted on.")
-    closed_form: bool = Field(
-        True, description="Start from the solution of `training.fusion_solution`, where the fusion has one."
-    )
-    num_steps: NonNegativeInt = Field(800, description="Optimizer steps (Adam) after it.")
-    batch_tokens: PositiveInt = Field(512, description="Tokens a step.")
-    learning_rate: float = Field(5e-4, gt=0)
+    num_images: PositiveInt = Field(512, description="Images whose tokens it is fitted on, at most.")
+    num_steps: PositiveInt = Field(800, description="Optimizer steps (Adam).")
+    batch_tokens: PositiveInt = Field(512, description="Tokens per step.")
+    learning_rate: float = Field(1e-3, gt=0)
 
 
 class BaseRecipe(FrozenConfig):
@@ -165,10 +162,8 @@ class PhaseRecipe(BaseRecipe):
     fusion_init: FusionStartConfig | None = Field(
         None, description="Phase 2 or joint: fit a new fusion to a linear readout first; null: do not."
     )
-    decoder_init: Literal["keep", "ridge", "neighbours"] = Field(
-        "keep",
-        description="Phases 1 and 3: keep the checkpoint's decoder, or start as the best linear one of a "
-        "token (ridge) or of its 3x3 neighbourhood (neighbours).",
+    decoder_init: Literal["keep", "ridge"] = Field(
+        "keep", description="Phase 1: keep the checkpoint's decoder, or start as the best linear one."
     )
     noise_tau: float = Field(
         0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample."
@@ -186,9 +181,7 @@ class DistillationRecipe(BaseRecipe):
     """Phase 0: semantic features for an encoder that no published weights fit."""
 
     ema_decay: float = Field(0.99, ge=0, lt=1)
-    image_sizes: tuple[PositiveInt, ...] = Field(
-        (112,), min_length=1, description="Student input sides for most steps, in turn, pixels."
-    )
+    image_size: PositiveInt = Field(112, description="Student input side for most steps, pixels.")
     teacher_image_size: PositiveInt = Field(160, description="Teacher input side, pixels.")
     final_image_size: PositiveInt = Field(224, description="Student input side at the end, pixels.")
     final_steps: NonNegativeInt = Field(0, description="Steps at the final size (DINOv2's adaptation).")
@@ -200,6 +193,10 @@ class DistillationRecipe(BaseRecipe):
         0, description="Classes that the labels name; 0: labels are not used."
     )
     pixels: Weight = Field(0.0, description="Weight of the first block's linear prediction of the pixels.")
+    reserved_width: NonNegativeInt = Field(
+        0, description="Values per token of the last block that are kept small: room for the fusion."
+    )
+    reserved_variance: float = Field(0.02, ge=0, description="Variance that is left to each of them.")
 
 
 def load_recipe(kind: type[RecipeType], path: Path, overrides: list[str]) -> RecipeType:

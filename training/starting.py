@@ -11,7 +11,7 @@ from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from training.errors import RecipeError
 from training.fusion_start import initialize_fusion
-from training.initialization import DecoderStart, initialize_decoder
+from training.initialization import initialize_decoder
 from training.optimization import step_generator
 from training.recipe import PhaseRecipe
 
@@ -31,10 +31,8 @@ def check_recipe(phase: str, recipe: PhaseRecipe, num_ranks: int) -> None:
         raise RecipeError(
             "field 'data.validation': phases 1 to 3 report PSNR and SSIM on it, so it is required"
         )
-    if recipe.decoder_init != "keep" and phase not in ("phase1", "phase3"):
-        raise RecipeError(
-            "field 'decoder_init': only phases 1 and 3, which train the decoder, may replace it"
-        )
+    if recipe.decoder_init == "ridge" and phase != "phase1":
+        raise RecipeError("field 'decoder_init': only phase 1 may replace the decoder")
     if recipe.fusion_init is not None and phase not in ("phase2", "joint"):
         raise RecipeError("field 'fusion_init': only phase 2 and joint training start a fusion")
     if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
@@ -91,13 +89,8 @@ def initialize_parts(phase: str, recipe: PhaseRecipe, tokenizer: Tokenizer) -> N
         DataError: none of the training images could be decoded.
     """
     generator = step_generator(recipe.seed, -1, torch.device("cpu"))
-    if recipe.decoder_init != "keep":
-        start = DecoderStart(
-            latent="base" if phase == "phase1" else "enriched",
-            noise_tau=recipe.noise_tau,
-            with_neighbours=recipe.decoder_init == "neighbours",
-        )
-        initialize_decoder(tokenizer, recipe.data.train, start, generator)
+    if recipe.decoder_init == "ridge":
+        initialize_decoder(tokenizer, recipe.data.train, recipe.noise_tau, generator)
     if recipe.fusion_init is not None:
         initialize_fusion(tokenizer, recipe.data.train, recipe.fusion_init, generator, recipe.precision)
 

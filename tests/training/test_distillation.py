@@ -8,7 +8,7 @@ from model.config import PRESETS
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY
 from training.data import Batch
-from training.distillation import DistillationTask, _hint_distance, _label_loss
+from training.distillation import DistillationTask, _excess_variance, _hint_distance, _label_loss
 from training.distributed import Ranks
 from training.errors import RecipeError
 from training.run import run_phase
@@ -24,7 +24,8 @@ def distillation_file(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPa
         "data": {"train": [str(photos)], "validation": [str(photos)], "num_workers": 0},
         "num_steps": 5,
         "batch_size": 4,
-        "image_sizes": [14, 21],
+        "image_size": 14,
+        "reserved_width": 8,
         "pixels": 0.5,
         "teacher_image_size": 32,
         "final_image_size": 28,
@@ -109,3 +110,13 @@ def test_hint_distance_ignores_the_targets_mean_and_meets_at_the_coarser_grid() 
     finer = centred.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert _hint_distance(finer, target + 7, Ranks()).item() == pytest.approx(0, abs=1e-5)
     assert _hint_distance(-centred, target, Ranks()).item() == pytest.approx(2, abs=1e-5)
+
+
+def test_only_the_variance_over_the_limit_is_penalised() -> None:
+    values = torch.tensor([[[1.0, 0.1], [1.0, -0.1]]], requires_grad=True)
+    excess = _excess_variance(values, 0.25, Ranks())
+    assert excess.item() == pytest.approx((1 - 0.25) / 2)
+    (gradient,) = torch.autograd.grad(excess, values)
+    assert (gradient[..., 0] > 0).all()
+    assert (gradient[..., 1] == 0).all()
+    assert _excess_variance(values[..., :0], 0.25, Ranks()) == 0

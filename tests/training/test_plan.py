@@ -132,7 +132,7 @@ def test_a_full_disk_is_foreseen(plan: MakePlan, tmp_path: Path, monkeypatch: py
         "field 'cache.directory'",
     ]
     assert found.disk is not None
-    values = 12 * 4 * TINY.encoder.grid**2 * TINY.encoder.width * 4
+    values = 12 * 4 * (TINY.encoder.grid**2 * TINY.encoder.width * 4 + 3 * TINY.image_size**2)
     assert found.disk.cache_bytes == pytest.approx(values, rel=0.01)
 
 

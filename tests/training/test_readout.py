@@ -5,19 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.reference import token_norm
 from model.config import DecoderConfig
 from model.fusion import Fusion
 from model.metrics import psnr
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION
+from training.data import evaluation_batches
 from training.errors import DataError
-from training.fusion_solution import base_weight, fuse_tokens, is_solvable, solve_fusion
 from training.fusion_start import base_decoder, collect_tokens, fit_fusion, initialize_fusion
-from training.initialization import DecoderStart, initialize_decoder
-from training.pointers import _heads
-from training.readout import NEIGHBOURS, Ridge, fit_readouts, neighbourhood, shifted
+from training.readout import Ridge, fit_readouts, neighbourhood, shifted
 from training.recipe import FusionStartConfig
+from training.sources import list_samples
 
 START = FusionStartConfig(num_images=12, num_steps=60, batch_tokens=64, learning_rate=5e-3)
 
@@ -74,39 +72,13 @@ def test_no_readable_photo_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_heads_point_at_the_neighbours(tokenizer: Tokenizer, photos: Path) -> None:
-    """Each head's attention lies on its own offset; at the border on the nearest token inside."""
-    decoder = tokenizer.decoder
-    initialize_decoder(tokenizer, [photos], DecoderStart(with_neighbours=True), generator())
-    tokens = torch.randn(1, 16, 32, generator=generator())
-    tokens = token_norm(tokens - tokens.mean(dim=2, keepdim=True), 1e-6)
-    stream = torch.cat([decoder.class_token, decoder.embed(tokens)], dim=1) + decoder.positions
-    block = decoder.blocks[0]
-    places = torch.arange(16.0).view(1, 16, 1)
-    normed = block.norm_attention(stream)
-    for (attention, rows), offset in list(zip(_heads(decoder), NEIGHBOURS, strict=False))[:4]:
-        query, key, _ = (part[..., rows] for part in attention.qkv(normed).chunk(3, dim=-1))
-        weights = (query @ key.transpose(1, 2) / (rows.stop - rows.start) ** 0.5).softmax(dim=-1)
-        found = weights[0, 1:].argmax(dim=1) - 1
-        assert found.tolist() == shifted(places, 4, offset).flatten().int().tolist()
-
-
-def test_a_start_with_neighbours_beats_one_without(tokenizer: Tokenizer, photos: Path) -> None:
+def test_the_neighbourhood_says_more_than_the_token(tokenizer: Tokenizer, photos: Path) -> None:
     """On smooth pictures the patches around say where this one goes at its borders."""
     readouts = fit_readouts(tokenizer, [photos], ("base",))["base"]
-    from training.data import evaluation_batches
-    from training.sources import list_samples
-
     ((_, batch),) = evaluation_batches(list_samples([photos]), 32, 12)
     images = batch.pixels(torch.device("cpu"))
-    found = {}
-    for with_neighbours in (False, True):
-        start = DecoderStart(with_neighbours=with_neighbours)
-        initialize_decoder(tokenizer, [photos], start, generator())
-        found[with_neighbours] = psnr(tokenizer.reconstruct(images, "base"), images).mean()
     one, nine = readouts.images(tokenizer.tokens(images, "base"))
     assert psnr(nine, images).mean() > psnr(one, images).mean()
-    assert found[True] > found[False] + 0.1
 
 
 def test_the_fusion_learns_under_a_frozen_linear_decoder(tokenizer: Tokenizer, photos: Path) -> None:
@@ -128,52 +100,3 @@ def test_initialization_changes_the_fusion_alone(tokenizer: Tokenizer, photos: P
     changed = {name for name, value in tokenizer.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("fusion.") for name in changed)
-
-
-@pytest.fixture
-def solvable(tokenizer: Tokenizer) -> Fusion:
-    config = TINY_FUSION.model_copy(update={"hidden_width": 80})
-    return Fusion(config, tokenizer.config.encoder)
-
-
-@torch.no_grad()
-def test_closed_form_adds_what_the_decoder_misses(
-    tokenizer: Tokenizer, solvable: Fusion, photos: Path
-) -> None:
-    tokens = collect_tokens(tokenizer, [photos], 12, "float32")
-    decoder = base_decoder(tokens, 1e-6)
-    base = token_norm(tokens.states[:, -1].float(), 1e-6)
-    before = (decoder(base) - tokens.patches.float()).square().mean()
-    solve_fusion(solvable, tokens.states, tokens.patches, decoder, generator())
-    found = fuse_tokens(solvable, tokens.states)
-    after = (decoder(found) - tokens.patches.float()).square().mean()
-    assert after < 0.9 * before
-    assert torch.nn.functional.cosine_similarity(found, base, dim=-1).mean() > 0.9
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("beta", [0.1, 0.2, 0.5])
-def test_base_weight_makes_the_correction_exact(beta: float) -> None:
-    """``LN((1 - beta) z + beta LN(c/d z + delta))`` is ``z + delta`` up to scale, where that is possible."""
-    draws = torch.linalg.qr(torch.randn(64, 2, generator=generator()))[0].T * 8
-    base = draws[0]
-    delta = 0.5 * beta / (1 - beta) * draws[1]
-    weight = base_weight(delta.square().mean(), beta)
-    fused = weight * base + delta
-    fused = fused / fused.square().mean().sqrt()
-    corrected = (1 - beta) * base + beta * fused
-    wanted = base + delta
-    cosine = torch.nn.functional.cosine_similarity(corrected, wanted, dim=0)
-    assert cosine == pytest.approx(1, abs=1e-5)
-
-
-def test_fusions_without_the_closed_form_are_told_apart(tokenizer: Tokenizer, solvable: Fusion) -> None:
-    assert is_solvable(solvable)
-    for change in (
-        {"routing": "softmax"},
-        {"correction": "replace"},
-        {"hidden_width": 48},
-        {"num_layers": 2},
-    ):
-        config = solvable.config.model_copy(update=change)
-        assert not is_solvable(Fusion(config, tokenizer.config.encoder)), change

@@ -16,7 +16,7 @@ def test_overrides_reach_nested_fields(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loss.l2=1", r"recipe\.yaml: field 'loss\.l2'"),
+        ("loss.l3=1", r"recipe\.yaml: field 'loss\.l3'"),
         ("batch_size=0", r"recipe\.yaml: field 'batch_size'"),
         ("name", "not of the form field=value"),
         ("name.x=1", "'name' is not a section"),
@@ -43,7 +43,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("loss.l2", "loss.l1"),
+        ("loss.l2x", "loss.l2"),
         ("learning_rate", "optimizer.learning_rate"),
         ("optimizer.learning_rte", "optimizer.learning_rate"),
         ("optimiser.learning_rate", "optimizer"),
