@@ -21,7 +21,7 @@ test: $(VENV)/.dev  ## run the tests
 AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	OPENBLAS_CORETYPE=Haswell
 NUMERICAL := tests/kernels/test_reference.py tests/kernels/test_folded.py tests/kernels/test_fused.py \
-	$(addprefix tests/model/test_,fusion.py folding.py vit.py encoder.py decoder.py tokenizer.py) \
+	tests/model/networks tests/model/test_tokenizer.py \
 	tests/training/test_losses.py tests/training/test_distributed.py
 
 portable: $(VENV)/.dev  ## run the numerical tests on AVX2 alone

@@ -18,7 +18,7 @@ from benchmarks.timing import Call
 from kernels import folded, reference
 from kernels.dispatch import FusionProblem, Platform, obstacle
 from kernels.operands import ExpertWeights, FoldedExperts, FusionSpec
-from model.folding import fold_experts
+from model.networks.folding import fold_experts
 
 if TYPE_CHECKING:
     from kernels.fused import PackedExperts

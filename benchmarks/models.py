@@ -23,10 +23,10 @@ from benchmarks.counting import (
 from benchmarks.runner import Setup, UnavailableError
 from benchmarks.timing import Call
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
-from model.capture import CapturedBuckets
 from model.config import TokenizerConfig
-from model.fusion import Fusion
-from model.interop import decoder_state_from_diffusers, encoder_state_from_transformers
+from model.cuda_graphs import CapturedBuckets
+from model.interop.state_dicts import decoder_state_from_diffusers, encoder_state_from_transformers
+from model.networks.fusion import Fusion
 from model.tokenizer import LatentKind, Tokenizer
 
 NUM_CHECKED_IMAGES = 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TokenizerConfig
-from model.encoder import Encoder
+from model.networks.encoder import Encoder
 from model.tokenizer import Tokenizer
 from training.discriminator import DINO_CONFIG
 from training.perceptual import Lpips

@@ -8,7 +8,7 @@ import torch
 from cli import files
 from cli.errors import EXIT_OK
 from cli.options import Subparsers, add_command
-from model.exporting import export_diffusers
+from model.interop.to_diffusers import export_diffusers
 from model.tokenizer import Tokenizer
 
 DTYPES = ("float32", "float16", "bfloat16")

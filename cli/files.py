@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli.errors import CommandError, UsageError, os_error_sentence
-from model.pictures import Fit
+from model.images.files import Fit
 from service.decoding import ImageRules
 from service.images import PictureFormat, write_picture
 from service.settings import Settings

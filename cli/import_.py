@@ -8,10 +8,10 @@ import torch
 from cli import files
 from cli.errors import EXIT_OK, UsageError
 from cli.options import Subparsers, add_command
-from model.import_diffusers import import_autoencoder
-from model.import_rae import RaeSources, import_rae
-from model.importing import Imported
-from model.interop import RAE_DECODERS
+from model.interop.assembly import Imported
+from model.interop.from_diffusers import import_autoencoder
+from model.interop.from_rae import RaeSources, import_rae
+from model.interop.state_dicts import RAE_DECODERS
 
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cli.errors import EXIT_OK, EXIT_SOME_BROKEN, CommandError, UsageError, os_error_sentence
 from cli.files import STANDARD_STREAM, batches, read_standard_input
-from model.pixels import to_unit
+from model.images.tensors import to_unit
 from service.decoding import ImageRules
 from service.errors import ServiceError
 from service.images import read_image

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cli import files
 from cli.errors import UsageError
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
-from model.metrics import psnr, ssim
+from model.images.similarity import psnr, ssim
 from service.devices import load_tokenizer
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
     """Make the kernels' operands.
 
     Args:
-        folded: in float64, as `model.folding.fold_experts` gives it.
+        folded: in float64, as `model.networks.folding.fold_experts` gives it.
         device: where the hidden states will be.
         dtype: of the hidden states.
 

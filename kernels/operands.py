@@ -56,7 +56,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class FoldedExperts:
-    """Experts folded for inference; `model.folding.fold_experts` derives every field.
+    """Experts folded for inference; `model.networks.folding.fold_experts` derives every field.
 
     With ``x`` the token normalised without affine part (zero mean, divided by sigma_in), layer k gives
 

@@ -27,11 +27,11 @@ from model.checkpoints import (
     write_checkpoint,
 )
 from model.config import TokenizerConfig
-from model.decoder import Decoder
-from model.encoder import Encoder
 from model.errors import CheckpointError, FusionError, LatentError
-from model.fusion import Fusion
-from model.pixels import FLOATS, Images, checked_images, is_dense, to_unit
+from model.images.tensors import FLOATS, Images, checked_images, is_dense, to_unit
+from model.networks.decoder import Decoder
+from model.networks.encoder import Encoder
+from model.networks.fusion import Fusion
 
 logger = logging.getLogger(__name__)
 

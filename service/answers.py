@@ -14,8 +14,8 @@ import torch
 from fastapi import Response
 from torch import Tensor
 
-from model.metrics import psnr, ssim
-from model.pixels import to_bytes, to_unit
+from model.images.similarity import psnr, ssim
+from model.images.tensors import to_bytes, to_unit
 from model.tokenizer import Tokenizer
 from service import tensors
 from service.batching import Operation

@@ -12,9 +12,9 @@ from PIL import Image, ImageFile
 
 from model.errors import ImageError as ModelImageError
 from model.errors import PictureCostError
-from model.opening import READABLE_FORMATS, open_picture, sniff
-from model.picture_costs import MAX_FRAMES, Extent, check_parts, measure_picture
-from model.pictures import DECODER_ERRORS, Fit, fit_picture
+from model.images.costs import MAX_FRAMES, Extent, check_parts, measure_picture
+from model.images.files import DECODER_ERRORS, Fit, fit_picture
+from model.images.opening import READABLE_FORMATS, open_picture, sniff
 from service.errors import ImageError, MalformedError, TooLargeError
 
 UNKNOWN_PIXELS = 2**20

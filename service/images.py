@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from model.pictures import fitted_size
-from model.pixels import to_byte_tensor, to_bytes, to_unit
+from model.images.files import fitted_size
+from model.images.tensors import to_byte_tensor, to_bytes, to_unit
 from service.decoding import ImageRules, check_size, decode_image
 
 PictureFormat = Literal["png", "jpeg", "webp"]

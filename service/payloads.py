@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.opening import sniff
+from model.images.opening import sniff
 from model.tokenizer import Tokenizer
 from service import tensors
 from service.decoding import ImageRules

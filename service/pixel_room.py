@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from model.errors import PictureCostError
-from model.picture_costs import measure_picture
+from model.images.costs import measure_picture
 from service.decoding import UNKNOWN_PIXELS, ImageRules, capital, check_extent
 from service.errors import QueueFullError, TooLargeError
 from service.metrics import Metrics

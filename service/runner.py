@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.capture import CapturedBuckets, bucket_for
-from model.pixels import to_unit
+from model.cuda_graphs import CapturedBuckets, bucket_for
+from model.images.tensors import to_unit
 from model.tokenizer import Tokenizer, finite_items
 from service.batching import BatchKey, Operation
 from service.launching import Outcome

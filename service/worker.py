@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.capture import bucket_for
+from model.cuda_graphs import bucket_for
 from model.errors import ModelError
 from service.batching import BatchKey, FairQueue, Operation, Ticket
 from service.errors import DeadlineError, DeviceMemoryError, InternalError, LatentsError, ServiceError

@@ -7,7 +7,7 @@ import torch
 
 from model.checkpoints import BUNDLED_DIRECTORY
 from model.config import PRESETS
-from model.metrics import psnr, ssim
+from model.images.similarity import psnr, ssim
 from model.tokenizer import Tokenizer
 from training.data import evaluation_batches
 from training.sources import list_samples

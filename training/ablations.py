@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.reference import token_norm
 from model.config import FusionConfig
-from model.fusion import Fusion
+from model.networks.fusion import Fusion
 from model.tokenizer import Tokenizer
 from training.files import write_atomically, write_json
 from training.fusion_start import TokenSet, base_decoder, collect_tokens, fit_fusion, fuse_tokens

@@ -6,7 +6,7 @@ Shape legend: B batch, S image side.
 import torch
 from torch import Tensor
 
-from model.metrics import psnr
+from model.images.similarity import psnr
 
 NUM_BANDS = 16
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.pixels import to_byte_tensor
+from model.images.tensors import to_byte_tensor
 from model.tokenizer import Tokenizer
 from training.cache import (
     DTYPES,

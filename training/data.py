@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.errors import ImageError
-from model.opening import open_picture
-from model.picture_costs import check_parts, measure_picture
-from model.pictures import DECODER_ERRORS, fit_picture, fitted_size
-from model.pixels import to_byte_tensor
+from model.images.costs import check_parts, measure_picture
+from model.images.files import DECODER_ERRORS, fit_picture, fitted_size
+from model.images.opening import open_picture
+from model.images.tensors import to_byte_tensor
 from training.distributed import Ranks
 from training.errors import DataError
 from training.recipe import DataConfig
@@ -72,7 +72,7 @@ class Batch:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode to RGB as the service does (`model.opening`).
+    """Decode to RGB as the service does (`model.images.opening`).
 
     Raises:
         DataError: not an image, truncated, or larger than 64 megapixels.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from model.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, PixelTriple, TokenizerConfig
-from model.encoder import Encoder
-from model.vit import Freezable
+from model.networks.encoder import Encoder
+from model.networks.vit import Freezable
 from training.distributed import Ranks
 from training.errors import WeightsError
 from training.perceptual import read_weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from model.vit import Freezable
+from model.networks.vit import Freezable
 from training.errors import WeightsError
 
 NAME = "efficientnet-lite0"

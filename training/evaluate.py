@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.dispatch import FusionSetting
-from model.metrics import psnr, ssim
+from model.images.similarity import psnr, ssim
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import evaluation_batches
 from training.distributed import Ranks, current, process_group

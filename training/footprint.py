@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.reference import token_norm
 from model.config import TokenizerConfig
-from model.encoder import Encoder
+from model.networks.encoder import Encoder
 from model.tokenizer import Tokenizer
 from training.counting import Operations, StepTracker
 from training.discriminator import (

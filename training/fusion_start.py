@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.reference import token_norm
-from model.fusion import Fusion
-from model.pixels import to_unit
+from model.images.tensors import to_unit
+from model.networks.fusion import Fusion
 from model.tokenizer import Tokenizer
 from training.data import evaluation_batches
 from training.errors import DataError

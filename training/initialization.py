@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.decoder import Decoder
+from model.networks.decoder import Decoder
+from model.networks.vit import Block
 from model.tokenizer import Tokenizer
-from model.vit import Block
 from training.data import evaluation_batches
 from training.errors import DataError
 from training.progress import log_progress

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from model.decoder import Decoder
+from model.networks.decoder import Decoder
 from training.distributed import Ranks
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.vit import Freezable
+from model.networks.vit import Freezable
 from training.efficientnet import NAME, EfficientNetLite0
 from training.errors import WeightsError
 from training.recipe import LossConfig

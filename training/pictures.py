@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from model.pixels import to_bytes
+from model.images.tensors import to_bytes
 
 GAP = 4
 LABEL_HEIGHT = 18

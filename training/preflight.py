@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from model.config import PRESETS, TokenizerConfig
-from model.encoder import Encoder
 from model.errors import ModelError
+from model.networks.encoder import Encoder
 from training.data import Transform, decode_image, random_crop
 from training.discriminator import make_backbone
 from training.errors import DataError, TrainingError, WeightsError

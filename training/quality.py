@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from model.metrics import detail, edge_ratio, psnr, ssim
-from model.pixels import to_bytes
+from model.images.similarity import detail, edge_ratio, psnr, ssim
+from model.images.tensors import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import Batch
 from training.distributed import Ranks

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder
+from model.networks.decoder import Decoder
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import evaluation_batches
 from training.errors import DataError

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from model.checkpoints import open_checkpoint, resolve_checkpoint
 from model.config import PRESETS, Depth, EncoderConfig, FusionConfig, Width, fusion_num_parameters
-from model.metrics import psnr, ssim
-from model.pixels import to_bytes
+from model.images.similarity import psnr, ssim
+from model.images.tensors import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 from training.data import evaluation_batches
 from training.errors import DataError, RecipeError, TrainingError

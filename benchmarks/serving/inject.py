@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.serving.faults_inputs import MARK_RGB
-from model.pixels import to_unit
+from model.images.tensors import to_unit
 from model.tokenizer import Tokenizer
 from service.devices import load_tokenizer
 from service.server import run

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.provenance import ROOT
-from model.pictures import fit_picture
+from model.images.files import fit_picture
 
 SAMPLES = ROOT / "samples"
 QUALITY = 90

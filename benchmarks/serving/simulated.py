@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.config import TokenizerConfig
-from model.pixels import Images
+from model.images.tensors import Images
 from model.tokenizer import LatentKind, Tokenizer
 from service.server import run
 from service.settings import Settings

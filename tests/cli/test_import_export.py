@@ -24,7 +24,7 @@ def decoder_file(tmp_path) -> Path:
         fusion=None,
         decoder=DecoderConfig(width=32, depth=1, num_heads=2, mlp_width=16),
     )
-    from model.interop import decoder_state_to_diffusers
+    from model.interop.state_dicts import decoder_state_to_diffusers
 
     decoder = Tokenizer(config).decoder
     state = decoder_state_to_diffusers(decoder.state_dict(), config.decoder)
@@ -95,7 +95,7 @@ def test_phase_2_starts_from_an_import(run, autoencoder_folder, photos, tmp_path
 
 def test_a_new_decoder_is_random_and_said_to_be(run, encoder_folder, tmp_path, monkeypatch):
     small = DecoderConfig(width=32, depth=1, num_heads=2, mlp_width=16)
-    monkeypatch.setitem(sys.modules["model.decoder_names"].RAE_DECODERS, "b", small)
+    monkeypatch.setitem(sys.modules["model.interop.rae_decoder_weights"].RAE_DECODERS, "b", small)
     outcome = run("import", "--encoder", encoder_folder, "--new-decoder", "b", "--output", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     tokenizer = Tokenizer.load(tmp_path / "out")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.metrics import psnr, ssim
+from model.images.similarity import psnr, ssim
 from model.tokenizer import Tokenizer
 from service.decoding import ImageRules
 from service.images import read_image

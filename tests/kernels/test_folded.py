@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import folded
-from model.folding import fold_experts
+from model.networks.folding import fold_experts
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import fused, launches
-from model.folding import fold_experts
+from model.networks.folding import fold_experts
 from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,8 +14,8 @@ from model.config import (
     FusionConfig,
     TokenizerConfig,
 )
-from model.encoder import Encoder
-from model.fusion import Fusion
+from model.networks.encoder import Encoder
+from model.networks.fusion import Fusion
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from model.config import (
     FusionConfig,
     TokenizerConfig,
 )
-from model.encoder import Encoder
-from model.interop import (
+from model.interop.state_dicts import (
     encoder_config_from_transformers,
     encoder_state_from_transformers,
     encoder_state_to_transformers,
     pixel_statistics_from_transformers,
 )
+from model.networks.encoder import Encoder
 from model.tokenizer import Tokenizer
 
 WIDTH, DEPTH, HEADS = 48, 3, 3

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import model.fusion
+import model.networks.fusion
 from kernels.reference import token_norm
 from model.config import PRESETS
 from model.errors import FusionError, ImageError, LatentError, ModelError
-from model.pictures import fit_picture, to_srgb, upright
-from model.pixels import to_tensor
+from model.images.files import fit_picture, to_srgb, upright
+from model.images.tensors import to_tensor
 from model.tokenizer import Tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "samples"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from model.opening import sniff
-from model.pixels import to_bytes
+from model.images.opening import sniff
+from model.images.tensors import to_bytes
 from service.decoding import ImageRules
 from service.errors import ImageError, MalformedError, TooLargeError
 from service.images import read_image, read_pixels, write_picture

@@ -10,7 +10,7 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 from torch import Tensor
 
-from model.pixels import to_bytes
+from model.images.tensors import to_bytes
 from model.tokenizer import Tokenizer
 from service.decoding import ImageRules
 from service.images import read_image

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.metrics import psnr, ssim
-from model.pixels import to_bytes
+from model.images.similarity import psnr, ssim
+from model.images.tensors import to_bytes
 from model.tokenizer import Tokenizer
 from service.app import create_app
 from service.decoding import ImageRules

@@ -9,8 +9,8 @@ import torch
 
 from model.config import FusionConfig
 from model.errors import CheckpointError
-from model.pictures import fit_picture
-from model.pixels import to_tensor
+from model.images.files import fit_picture
+from model.images.tensors import to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION
 from training.analysis import analyze, analyze_command

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.pictures import fit_picture
+from model.images.files import fit_picture
 from tests.training.conftest import make_image
 from training.data import (
     decode_image,

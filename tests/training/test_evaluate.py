@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from model.metrics import detail, edge_ratio, psnr, ssim
-from model.pictures import fit_picture
-from model.pixels import to_bytes, to_tensor
+from model.images.files import fit_picture
+from model.images.similarity import detail, edge_ratio, psnr, ssim
+from model.images.tensors import to_bytes, to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, encode_png, launch, make_image, write_shard
 from training.data import decode_image

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import DecoderConfig
-from model.metrics import psnr
+from model.images.similarity import psnr
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY
 from training.data import evaluation_batches

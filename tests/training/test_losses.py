@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.encoder import Encoder
+from model.networks.encoder import Encoder
 from tests.training.conftest import TINY
 from training.discriminator import (
     DINO_CONFIG,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model.config import DecoderConfig
-from model.fusion import Fusion
-from model.metrics import psnr
+from model.images.similarity import psnr
+from model.networks.fusion import Fusion
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION
 from training.data import evaluation_batches

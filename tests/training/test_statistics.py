@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from model.pictures import fit_picture
-from model.pixels import to_tensor
+from model.images.files import fit_picture
+from model.images.tensors import to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, launch, make_image
 from training.data import decode_image

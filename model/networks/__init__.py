@@ -1,0 +1,1 @@
+"""The networks: encoder, fusion and decoder."""
