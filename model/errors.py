@@ -8,6 +8,7 @@
     ├── ImageError        images of the wrong shape or dtype
     │   └── PictureCostError   a file that would cost too much to decode
     ├── LatentError       latents of the wrong shape, dtype or value
+    ├── SamplingError     samples that a generator cannot make
     └── FusionError       a fusion implementation that cannot run here
 """
 
@@ -34,6 +35,10 @@ class PictureCostError(ImageError):
 
 class LatentError(ModelError, ValueError):
     """Latents that the tokenizer cannot take, or a latent option that it cannot honour."""
+
+
+class SamplingError(ModelError, ValueError):
+    """Samples that a generator cannot make: no such class, no such scale, a guide of another shape."""
 
 
 class FusionError(ModelError, ValueError):

@@ -12,51 +12,39 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
 from kernels.reference import token_norm
-from model.checkpoints import (
-    CheckpointInfo,
-    Parts,
-    Shapes,
-    check_shapes,
-    open_checkpoint,
-    read_parts,
-    resolve_checkpoint,
-    write_checkpoint,
-)
+from model.checkpoints import CheckpointInfo, open_checkpoint, resolve_checkpoint, write_checkpoint
 from model.config import TokenizerConfig
 from model.errors import CheckpointError, FusionError, LatentError
 from model.images.tensors import FLOATS, Images, checked_images, is_dense, to_unit
 from model.networks.decoder import Decoder
 from model.networks.encoder import Encoder
 from model.networks.fusion import Fusion
+from model.normalization import NormalizesLatents
+from model.parts import Parts, Shapes, check_shapes, read_parts
 
 logger = logging.getLogger(__name__)
 
 LatentKind = Literal["enriched", "base"]
-STATISTICS_EPS = 1e-5
 _loading = threading.Lock()
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(NormalizesLatents):
     """Image -> frozen encoder -> fusion -> enriched latent -> decoder -> image.
 
     Build one with `load`, or from a `TokenizerConfig` with random weights.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
+        super().__init__(config.latent_shape)
         self.config = config
         self.checkpoint: CheckpointInfo | None = None
         self.encoder = Encoder(config.encoder)
         self.fusion = Fusion(config.fusion, config.encoder) if config.fusion else None
         self.decoder = Decoder(config)
-        self.latent_mean: Tensor | None
-        self.latent_var: Tensor | None
-        self.register_buffer("latent_mean", None)
-        self.register_buffer("latent_var", None)
 
     @classmethod
     def load(
@@ -82,7 +70,7 @@ class Tokenizer(nn.Module):
         with _on_one_thread():
             opened = open_checkpoint(path)
             tokenizer = cls.on_meta(opened.config)
-            tokenizer._fill(read_parts(opened, tokenizer.shapes()), path)
+            tokenizer._fill(read_parts(path, opened.files, tokenizer.shapes()), path)
             tokenizer.checkpoint = opened.info
             for module in (tokenizer.encoder, tokenizer.fusion, tokenizer.decoder):
                 if module is not None:
@@ -155,11 +143,6 @@ class Tokenizer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.last_layer.dtype
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether latents can be normalised per position."""
-        return self.latent_mean is not None
 
     @property
     def fusion_path(self) -> str:
@@ -243,35 +226,6 @@ class Tokenizer(nn.Module):
         if images.shape[-1] != side:
             images = F.interpolate(images, size=(side, side), mode="bicubic", align_corners=False)
         return (images - self.decoder.pixel_mean) / self.decoder.pixel_std
-
-    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
-        """Set the enriched latents' mean and variance per position, each [C, h, w].
-
-        Raises:
-            LatentError: wrong shape, or a negative or non-finite value.
-        """
-        for name, tensor in (("mean", mean), ("var", var)):
-            if tuple(tensor.shape) != self.config.latent_shape:
-                found, wanted = list(tensor.shape), list(self.config.latent_shape)
-                raise LatentError(f"statistics {name} has shape {found}, expected {wanted}")
-            if not torch.isfinite(tensor).all():
-                raise LatentError(f"statistics {name} has a non-finite value")
-        if (var < 0).any():
-            raise LatentError("statistics var has a negative value")
-        self.latent_mean = mean.to(device=self.device, dtype=self.dtype)
-        self.latent_var = var.to(device=self.device, dtype=self.dtype)
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """``(z - mean) / sqrt(var + 1e-5)`` per position, [B, C, h, w]."""
-        assert self.latent_mean is not None
-        assert self.latent_var is not None
-        return (latents - self.latent_mean) / torch.sqrt(self.latent_var + STATISTICS_EPS)
-
-    def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """Inverse of `normalize_latents`."""
-        assert self.latent_mean is not None
-        assert self.latent_var is not None
-        return latents * torch.sqrt(self.latent_var + STATISTICS_EPS) + self.latent_mean
 
     def _unit_range(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], floats or bytes, on the tokenizer's device, in its dtype and in [0, 1]."""

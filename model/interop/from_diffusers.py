@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoints import FORMAT, Parts
+from model.checkpoints import FORMAT
 from model.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -47,6 +47,7 @@ from model.interop.state_dicts import (
     decoder_state_from_diffusers,
     encoder_state_from_transformers,
 )
+from model.parts import Parts
 
 _BUFFERS = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 _Sections = dict[str, dict[str, Tensor]]

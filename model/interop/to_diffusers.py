@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoints import staged_directory
 from model.config import TokenizerConfig
 from model.interop import drorae_fusion
 from model.interop.diffusers_config import (
@@ -33,6 +32,7 @@ from model.interop.state_dicts import (
     decoder_state_to_diffusers,
     encoder_state_to_transformers,
 )
+from model.parts import staged_directory
 from model.tokenizer import Tokenizer
 
 README_FILE = "README.md"
