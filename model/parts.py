@@ -36,6 +36,7 @@ MAX_BYTES_PER_NUMBER = 8
 Parts = dict[str, dict[str, Tensor]]
 Shapes = Mapping[str, Mapping[str, torch.Size]]
 Config = TypeVar("Config", bound=FrozenConfig)
+Part = TypeVar("Part", bound=str)
 
 
 class FileRecord(FrozenConfig):
@@ -84,7 +85,7 @@ def _other_format(found: object, wanted: str) -> str:
     return f"field 'format' is not {wanted!r}, so this is no DRoRAE checkpoint"
 
 
-def read_parts(path: Path, files: Mapping[str, FileRecord], shapes: Shapes) -> Parts:
+def read_parts(path: Path, files: Mapping[Part, FileRecord], shapes: Shapes) -> Parts:
     """Read and verify a checkpoint's tensors.
 
     Nothing is allocated for a file before its size, digest and header agree with the configuration.
