@@ -22,7 +22,7 @@ AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUC
 	OPENBLAS_CORETYPE=Haswell
 NUMERICAL := tests/kernels/test_reference.py tests/kernels/test_folded.py tests/kernels/test_fused.py \
 	tests/model/networks tests/model/test_tokenizer.py \
-	tests/training/test_losses.py tests/training/test_distributed.py
+	tests/training/test_losses.py tests/training/distributed/test_ranks.py
 
 portable: $(VENV)/.dev  ## run the numerical tests on AVX2 alone
 	$(AVX2_ONLY) $(BIN)/python -m pytest $(NUMERICAL)

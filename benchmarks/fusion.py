@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import counting
-from benchmarks.counting import FusionSize
-from benchmarks.implementations import (
+from benchmarks.cases import counts as counting
+from benchmarks.cases.counts import FusionSize
+from benchmarks.cases.fusions import (
     IMPLEMENTATIONS,
     SPEC,
     Operands,
@@ -23,10 +23,10 @@ from benchmarks.implementations import (
     random_states,
     why_unavailable,
 )
-from benchmarks.results import ratio
-from benchmarks.runner import Measurement, Setup, measure, relative_error, unless_out_of_memory
-from benchmarks.script import positive, read_ceilings, run_script, script_parser
-from benchmarks.timing import Ceilings
+from benchmarks.harness.results import ratio
+from benchmarks.harness.runner import Measurement, Setup, measure, relative_error, unless_out_of_memory
+from benchmarks.harness.script import positive, read_ceilings, run_script, script_parser
+from benchmarks.harness.timing import Ceilings
 from kernels import reference
 from kernels.dispatch import FusionProblem, detect_platform
 

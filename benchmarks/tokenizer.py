@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from benchmarks.models import (
+from benchmarks.cases.tokenizers import (
     IMPLEMENTATIONS,
     Models,
     build_models,
@@ -22,8 +22,8 @@ from benchmarks.models import (
     fusion_path,
     why_no_diffusers,
 )
-from benchmarks.results import ratio
-from benchmarks.runner import (
+from benchmarks.harness.results import ratio
+from benchmarks.harness.runner import (
     Measurement,
     Setup,
     UnavailableError,
@@ -32,8 +32,8 @@ from benchmarks.runner import (
     report_skipped,
     unless_out_of_memory,
 )
-from benchmarks.script import read_ceilings, run_script, script_parser
-from benchmarks.timing import Ceilings
+from benchmarks.harness.script import read_ceilings, run_script, script_parser
+from benchmarks.harness.timing import Ceilings
 from model.config import PRESETS, TokenizerConfig
 
 DESCRIPTION = """\

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.runner import Setup, unless_out_of_memory
-from benchmarks.script import positive, read_ceilings, run_script, script_parser
-from benchmarks.timing import FLUSH_BYTES, Ceilings, Timing, measure_ceilings, time_interleaved
-from benchmarks.training_weights import write_weights
+from benchmarks.cases.training_weights import write_weights
+from benchmarks.harness.runner import Setup, unless_out_of_memory
+from benchmarks.harness.script import positive, read_ceilings, run_script, script_parser
+from benchmarks.harness.timing import FLUSH_BYTES, Ceilings, Timing, measure_ceilings, time_interleaved
 from model.config import PRESETS, TokenizerConfig
-from training.data import Batch
-from training.footprint import Footprint, build_networks, measure_footprint
-from training.phases import TRAINED_PARTS, ReconstructionTask
-from training.recipe import PhaseRecipe
+from training.data.batches import Batch
+from training.phases.reconstruction import TRAINED_PARTS, ReconstructionTask
+from training.planning.footprint import Footprint, build_networks, measure_footprint
+from training.recipes.recipe import PhaseRecipe
 
 DESCRIPTION = """\
 Time optimizer steps of phases 1, 2 and 3, on random weights, with images already in memory:
@@ -31,7 +31,7 @@ Time optimizer steps of phases 1, 2 and 3, on random weights, with images alread
 
 Each once before the adversarial loss sets in (plain) and once after (adversarial). The step is that of
 `drorae train`: every loss, AdamW, the moving average; decoding of files is left out. Operations and memory
-are counted by training.footprint, so each row also tells how good its estimate of the memory is."""
+are counted by training.planning.footprint, so each row also tells how good its estimate of the memory is."""
 EPILOG = """\
 examples:
   python -m benchmarks.training                                full size, results on the screen only

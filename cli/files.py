@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from cli.errors import CommandError, UsageError, os_error_sentence
 from model.images.files import Fit
-from service.decoding import ImageRules
-from service.images import PictureFormat, write_picture
+from service.codecs.images import PictureFormat, write_picture
+from service.photos.decode import ImageRules
 from service.settings import Settings
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 import argparse
 from importlib.metadata import version
 
-from cli import (
+from cli.commands import (
     analyze,
     decode,
     encode,

@@ -12,12 +12,12 @@ from tqdm import tqdm
 from cli.errors import EXIT_OK, EXIT_SOME_BROKEN, CommandError, UsageError, os_error_sentence
 from cli.files import STANDARD_STREAM, batches, read_standard_input
 from model.images.tensors import to_unit
-from service.decoding import ImageRules
+from service.codecs.images import read_image
 from service.errors import ServiceError
-from service.images import read_image
+from service.photos.decode import ImageRules
+from training.data.names import is_tar, printable
+from training.data.sources import Sample, list_images
 from training.errors import DataError
-from training.names import is_tar, printable
-from training.sources import Sample, list_images
 
 
 def expand_inputs(inputs: Sequence[Path]) -> list[Sample]:

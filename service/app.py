@@ -8,24 +8,24 @@ import torch
 from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
-from service.auth import ApiKeys
-from service.devices import load_tokenizer
-from service.engine import Engine, Load
-from service.metrics import Metrics
-from service.middleware import (
+from service.api.openapi import install_openapi
+from service.api.pipeline import Pipeline
+from service.api.routes import operations, router, service_version
+from service.engine.devices import load_tokenizer
+from service.engine.engine import Engine, Load
+from service.http.keys import ApiKeys
+from service.http.middleware import (
     REQUEST_ID_HEADER,
     TIMEOUT_HEADER,
     CrossOriginMiddleware,
     GateMiddleware,
     RequestMiddleware,
 )
-from service.openapi import install_openapi
-from service.pipeline import Pipeline
-from service.problems import install_handlers
-from service.routes import operations, router, service_version
+from service.http.problems import install_handlers
 from service.settings import Settings
-from service.spans import SpanExport
-from service.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
+from service.telemetry.metrics import Metrics
+from service.telemetry.spans import SpanExport
+from service.telemetry.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
 
 _DESCRIPTION = (
     "Image tokenizer: images to latents, enriched by fusing the layers of a frozen vision transformer, "
@@ -90,7 +90,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: service.metrics
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: service.telemetry
     )
     app.state.pipeline = pipeline
     app.router.routes += [*operations.routes, *router.routes]  # FastAPI's own inclusion costs each request

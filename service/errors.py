@@ -28,7 +28,7 @@
     ├── DeadlineError           504  the request's time is up
     └── VersionError            505  neither HTTP/1.0 nor HTTP/1.1
 
-`service.problems` turns every one into an RFC 9457 problem document. Nothing of HTTP is imported here:
+`service.http.problems` turns every one into an RFC 9457 problem document. Nothing of HTTP is imported here:
 the decoders, which are processes of their own, raise these errors too.
 """
 

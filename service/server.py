@@ -15,15 +15,15 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service import logs
+from service.api.pipeline import Pipeline
 from service.app import create_app
-from service.devices import load_tokenizer
-from service.engine import Load
+from service.engine.devices import load_tokenizer
+from service.engine.engine import Load
 from service.errors import StartError, UnavailableError
-from service.metrics import Metrics
-from service.pipeline import Pipeline
-from service.protocol import BoundedHttpProtocol, protocol_class
+from service.http.protocol import BoundedHttpProtocol, protocol_class
 from service.settings import Settings, environment_warnings
+from service.telemetry import logs
+from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

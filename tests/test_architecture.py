@@ -19,7 +19,7 @@ ALLOWED = {
     "deploy": {"deploy"},
 }
 # Who may speak HTTP: the service, its command line, and what measures or deploys it.
-SPEAK_HTTP = ("service/", "cli/", "benchmarks/serving/", "deploy/")
+SPEAK_HTTP = ("service/", "cli/", "benchmarks/", "deploy/")
 SOURCES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 

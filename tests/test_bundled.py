@@ -9,8 +9,8 @@ from model.checkpoints import BUNDLED_DIRECTORY
 from model.config import PRESETS
 from model.images.similarity import psnr, ssim
 from model.tokenizer import Tokenizer
-from training.data import evaluation_batches
-from training.sources import list_samples
+from training.data.batches import evaluation_batches
+from training.data.sources import list_samples
 
 ROOT = Path(__file__).parents[1]
 VALIDATION = ROOT.parent / "shared" / "data" / "photos-256-val.tar"

@@ -3,12 +3,12 @@
 import logging
 from pathlib import Path
 
-from training.distillation import DistillationTask
-from training.distributed import is_launched, process_group
+from training.distributed.ranks import is_launched, process_group
 from training.errors import RankError
-from training.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
-from training.states import check_run_directory, holds_state
-from training.trainer import Task, Trainer
+from training.phases.distillation import DistillationTask
+from training.phases.states import check_run_directory, holds_state
+from training.phases.trainer import Task, Trainer
+from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run_phase(
     if phase == "sweep":
         if is_launched():
             raise RankError("a sweep starts its own processes (num_processes): start it without torchrun")
-        from training.sweep import run_sweep
+        from training.studies.sweep import run_sweep
 
         return run_sweep(config_path, overrides, output, resume)
     if output is not None:
@@ -55,7 +55,7 @@ def run_phase(
 def _make_task(phase: str, recipe: BaseRecipe, is_resumed: bool) -> Task:
     if isinstance(recipe, DistillationRecipe):
         return DistillationTask(recipe)
-    from training.phases import ReconstructionTask
+    from training.phases.reconstruction import ReconstructionTask
 
     assert isinstance(recipe, PhaseRecipe)
     return ReconstructionTask(phase, recipe, is_resumed=is_resumed)

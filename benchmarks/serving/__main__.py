@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.provenance import RESULTS, Provenance, read_provenance
-from benchmarks.results import ResultsError, append_rows, check_columns, format_table
-from benchmarks.script import positive
-from benchmarks.serving import faults
+from benchmarks.faults import __main__ as faults
+from benchmarks.harness.photos import SAMPLES, PhotoError, stage_photos
+from benchmarks.harness.provenance import RESULTS, Provenance, read_provenance
+from benchmarks.harness.results import ResultsError, append_rows, check_columns, format_table
+from benchmarks.harness.script import positive
 from benchmarks.serving.host import measure_host
 from benchmarks.serving.load import measure_load
-from benchmarks.serving.photos import SAMPLES, PhotoError, stage_photos
 from benchmarks.serving.report import TABLE, ServingRow, save_host_plot, save_latency_plot
 from benchmarks.serving.simulated import add_device_flag
 from benchmarks.serving.trials import Options
 
 Measure = Callable[[Options, Provenance], Iterator[list[ServingRow]]]
 
-# ``python -m benchmarks.serving.faults`` has what the service must bear, with flags of its own.
+# ``python -m benchmarks.faults`` has what the service must bear, with flags of its own.
 SCENARIOS: Mapping[str, Measure] = {"load": measure_load, "host": measure_host}
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _EPILOG = f"""\

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.provenance import ROOT
-from benchmarks.script import positive
-from benchmarks.serving.photos import read_photos
+from benchmarks.harness.photos import read_photos
+from benchmarks.harness.provenance import ROOT
+from benchmarks.harness.script import positive
 from model.tokenizer import Tokenizer
-from service.decoding import ImageRules
-from service.images import read_image
+from service.codecs.images import read_image
+from service.photos.decode import ImageRules
 from service.settings import Settings
 
 

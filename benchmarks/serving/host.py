@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from benchmarks.provenance import Provenance
+from benchmarks.harness.provenance import Provenance
+from benchmarks.harness.service import Service, launch
 from benchmarks.serving.client import Load, run_client
-from benchmarks.serving.launch import Service, launch
 from benchmarks.serving.report import Bar, ServingRow, images_per_s, row_of_trials
 from benchmarks.serving.simulated import MAX_BATCH
 from benchmarks.serving.trials import Options, Trial, run_trial

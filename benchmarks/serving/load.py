@@ -8,10 +8,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 
-from benchmarks.provenance import Provenance
+from benchmarks.harness.provenance import Provenance
+from benchmarks.harness.service import Service, launch
 from benchmarks.serving.bare import Variant, run_bare, variants
 from benchmarks.serving.client import Load
-from benchmarks.serving.launch import Service, launch
 from benchmarks.serving.report import Bar, ServingRow, images_per_s, row_of_trials, row_without_server
 from benchmarks.serving.trials import Options, Trial, median, run_trial
 

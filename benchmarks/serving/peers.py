@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmarks.serving.simulated import SimulatedDevice, add_device_flag
 from model.config import TokenizerConfig
 from model.tokenizer import Tokenizer
-from service.decoding import ImageRules
-from service.images import read_image
+from service.codecs.images import read_image
+from service.codecs.tensors import write_raw
+from service.photos.decode import ImageRules
 from service.settings import Settings
-from service.tensors import write_raw
 
 RAW_MEDIA_TYPE = "tensor/binary"
 
@@ -73,7 +73,7 @@ def serve_naively(kind: str, config: TokenizerConfig, device: SimulatedDevice) -
 
 
 def announce(name: str) -> int:
-    """Choose a free port and say the address, as `benchmarks.serving.launch` expects."""
+    """Choose a free port and say the address, as `benchmarks.harness.service` expects."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.provenance import Provenance
+from benchmarks.harness.provenance import Provenance
 from benchmarks.serving.trials import Trial, median
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from benchmarks.harness.service import Service
 from benchmarks.serving.client import Load, Report, run_client
-from benchmarks.serving.launch import Service
 
 _SAMPLE_INTERVAL_S = 0.25
 _SETTLE_S = 2.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import timing
+from benchmarks.harness import timing
 
 Run = Callable[..., list[dict[str, str]]]
 

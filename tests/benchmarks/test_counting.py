@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import counting
-from benchmarks.counting import FusionSize
-from benchmarks.implementations import IMPLEMENTATIONS, Operands, random_states
-from benchmarks.models import decode_operations, encode_operations
+from benchmarks.cases import counts as counting
+from benchmarks.cases.counts import FusionSize
+from benchmarks.cases.fusions import IMPLEMENTATIONS, Operands, random_states
+from benchmarks.cases.tokenizers import decode_operations, encode_operations
 from model.config import PRESETS
 from model.tokenizer import Tokenizer
 

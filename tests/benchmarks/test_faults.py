@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.serving import faults, soak
-from benchmarks.serving.faults_checks import Findings, Options
-from benchmarks.serving.faults_inputs import MARK_RGB, Inputs, load_inputs, make_inputs, mixed_request
-from benchmarks.serving.faults_sigterm import _outcome
-from benchmarks.serving.faults_wire import Answer, request
-from benchmarks.serving.fuzz import Tally
-from benchmarks.serving.fuzz_bytes import MUTATIONS, mutate
-from benchmarks.serving.fuzz_cases import Case, good_body, make_case
-from benchmarks.serving.fuzz_formats import ATTACKS
-from benchmarks.serving.inject import FaultyTokenizer, holds_mark
-from benchmarks.serving.launch import LaunchError, launch
+from benchmarks.faults import __main__ as faults
+from benchmarks.faults import soak
+from benchmarks.faults.faulty_service import FaultyTokenizer, holds_mark
+from benchmarks.faults.sigterm import _outcome
+from benchmarks.fuzz.bytes import MUTATIONS, mutate
+from benchmarks.fuzz.campaign import Tally
+from benchmarks.fuzz.cases import Case, good_body, make_case
+from benchmarks.fuzz.formats import ATTACKS
+from benchmarks.harness.service import LaunchError, launch
+from benchmarks.probes.checks import Findings, Options
+from benchmarks.probes.inputs import MARK_RGB, Inputs, load_inputs, make_inputs, mixed_request
+from benchmarks.probes.wire import Answer, request
 
 NUM_CASES = 400
 PROBLEM = {"type": "urn:x", "title": "X", "status": 422, "detail": "No.", "request_id": "1"}

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fusion, implementations
-from benchmarks.provenance import ROOT
+from benchmarks import fusion
+from benchmarks.cases import fusions as implementations
+from benchmarks.harness.provenance import ROOT
 
 SIZE = ("--width", "64", "--layers", "3", "--tokens", "16", "--repeats", "2")
 SMALL = (*SIZE, "--device", "cpu", "--batch", "1", "2", "--hidden-width", "16", "96")

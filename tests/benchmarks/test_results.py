@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import ResultsError, append_rows, check_columns, format_table, ratio
+from benchmarks.harness.results import ResultsError, append_rows, check_columns, format_table, ratio
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.provenance import Provenance
+from benchmarks.harness.photos import SAMPLES, PhotoError, read_photos, stage_photos
+from benchmarks.harness.provenance import Provenance
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving.client import BOUNDARY, Latency, Load, build_requests, run_client
-from benchmarks.serving.photos import SAMPLES, PhotoError, read_photos, stage_photos
 from benchmarks.serving.report import Bar, ServingRow, row_of_trials
 from benchmarks.serving.simulated import MAX_BATCH, SimulatedDevice
 from benchmarks.serving.trials import Trial

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.timing import WARMUP_ROUNDS, measure_ceilings, time_interleaved
+from benchmarks.harness.timing import WARMUP_ROUNDS, measure_ceilings, time_interleaved
 
 CPU = torch.device("cpu")
 

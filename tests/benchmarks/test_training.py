@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.training_weights import write_weights
+from benchmarks.cases.training_weights import write_weights
 from model.config import PRESETS
-from training.discriminator import DINO_NAME, make_backbone
-from training.perceptual import LPIPS_NAME, make_perceptual
-from training.recipe import DiscriminatorConfig, LossConfig
+from training.losses.adversarial import DINO_NAME, make_backbone
+from training.losses.perceptual import LPIPS_NAME, make_perceptual
+from training.recipes.recipe import DiscriminatorConfig, LossConfig
 
 MINI = ("--device", "cpu", "--preset", "mini", "--batch", "1", "--repeats", "1", "--networks", "light")
 

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.tokenizer import Tokenizer
-from service.decoding import ImageRules
-from service.images import read_image
+from service.codecs.images import read_image
+from service.photos.decode import ImageRules
 
 
 @pytest.fixture

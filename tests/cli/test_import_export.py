@@ -65,8 +65,8 @@ def test_parts_become_a_checkpoint(run, encoder_folder, decoder_file, tmp_path):
 
 
 def test_phase_2_starts_from_an_import(run, autoencoder_folder, photos, tmp_path):
-    from training.phases import ReconstructionTask
-    from training.recipe import DataConfig, PhaseRecipe
+    from training.phases.reconstruction import ReconstructionTask
+    from training.recipes.recipe import DataConfig, PhaseRecipe
 
     run("import", autoencoder_folder, "--output", tmp_path / "imported")
     recipe = PhaseRecipe(

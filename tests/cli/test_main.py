@@ -75,7 +75,7 @@ def test_every_kind_of_error_has_its_status(error, status, sentence, monkeypatch
     def fail(_):
         raise error
 
-    monkeypatch.setattr("cli.info.read_settings", fail)
+    monkeypatch.setattr("cli.commands.info.read_settings", fail)
     assert sentence in refused("info", status=status)
 
 
@@ -83,7 +83,7 @@ def test_defects_of_ours_are_one_line_too_and_debug_shows_them(monkeypatch, refu
     def fail(_):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("cli.info.read_settings", fail)
+    monkeypatch.setattr("cli.commands.info.read_settings", fail)
     message = refused("info", status=1)
     assert "unexpected RuntimeError: two lines" in message
     assert "--debug" in message

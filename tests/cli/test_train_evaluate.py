@@ -67,7 +67,7 @@ def test_errors_of_training(refused, training_run, recipe, error, status):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("train", "training.run"), ("evaluate", "training.evaluate")]
+    ("command", "module"), [("train", "training.run"), ("evaluate", "training.evaluation.evaluate")]
 )
 def test_missing_extras_say_what_to_install(refused, command, module, recipe, monkeypatch, tmp_path):
     class Absent:

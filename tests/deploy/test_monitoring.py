@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 queries = pytest.importorskip("deploy.checks.queries", reason="promql-parser is not installed")
 

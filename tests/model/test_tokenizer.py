@@ -305,7 +305,7 @@ def test_folds_from_weights_in_full_precision(monkeypatch):
         return fold_experts(weights, spec)
 
     fold_experts = model.fusion.fold_experts
-    monkeypatch.setattr(model.fusion, "fold_experts", fold)
+    monkeypatch.setattr(model.networks.fusion, "fold_experts", fold)
     tokenizer = Tokenizer.load("mini", dtype=torch.bfloat16)
     assert (tokenizer.fusion_path, tokenizer.dtype) == ("folded", torch.bfloat16)
     assert folded == [torch.float32]

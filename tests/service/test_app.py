@@ -16,7 +16,7 @@ import torch
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.batching import BatchKey, Job, Operation
+from service.engine.queue import BatchKey, Job, Operation
 from service.settings import Settings
 
 Check = Callable[..., dict[str, Any]]
@@ -208,7 +208,7 @@ def test_unexpected_errors_are_problems_and_leak_nothing(
         raise RuntimeError("secret detail")
 
     with serve(create_app(Settings(), tokenizer)) as running:
-        monkeypatch.setattr("service.routes.split_images", fail)
+        monkeypatch.setattr("service.api.routes.split_images", fail)
         problem = check_problem(running.client.post("/encode", content=png), 500, "internal", "request_id")
         assert "secret" not in problem["detail"]
         monkeypatch.undo()

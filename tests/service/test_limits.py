@@ -12,8 +12,8 @@ from starlette.requests import Request
 
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.bodies import BodyLimits, read_body
-from service.devices import resident_bytes
+from service.codecs.bodies import BodyLimits, read_body
+from service.engine.devices import resident_bytes
 from service.errors import DisconnectError, MalformedError, RequestTimeoutError, TooLargeError
 from service.settings import Settings
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.images.tensors import to_bytes
 from model.tokenizer import Tokenizer
-from service.decoding import ImageRules
-from service.images import read_image
+from service.codecs.images import read_image
+from service.photos.decode import ImageRules
 
 SIDE = 64
 

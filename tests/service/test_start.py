@@ -15,7 +15,8 @@ SCRIPT = """
 import os, signal, sys, threading
 from service.startup import prepare
 prepare()
-from service import engine, server
+from service.engine import engine
+from service import server
 from service.settings import Settings
 
 moment, fault, checkpoint = sys.argv[1:]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from model.tokenizer import Tokenizer
-from training.evaluate import EvaluationOptions, evaluate_command
-from training.statistics import StatisticsOptions, statistics_command
+from training.evaluation.evaluate import EvaluationOptions, evaluate_command
+from training.evaluation.latent_statistics import StatisticsOptions, statistics_command
 
 COMMANDS = {
     "stats": (StatisticsOptions, statistics_command),

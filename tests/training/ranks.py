@@ -16,9 +16,9 @@ from typing import Any
 from cli.main import main
 from model.config import PRESETS
 from tests.training.conftest import TINY, in_float64
-from training.distillation import DistillationTask
-from training.distributed import process_group
-from training.phases import ReconstructionTask
+from training.distributed.ranks import process_group
+from training.phases.distillation import DistillationTask
+from training.phases.reconstruction import ReconstructionTask
 
 
 class CutError(Exception):

@@ -8,7 +8,8 @@ from torch import nn
 
 from model.networks.encoder import Encoder
 from tests.training.conftest import TINY
-from training.discriminator import (
+from training.errors import WeightsError
+from training.losses.adversarial import (
     DINO_CONFIG,
     NUM_DRAWS,
     Discriminator,
@@ -19,9 +20,8 @@ from training.discriminator import (
     generator_loss,
     make_backbone,
 )
-from training.errors import WeightsError
-from training.perceptual import VGG_STAGES, EfficientNetDistance, Lpips, make_perceptual
-from training.recipe import DiscriminatorConfig, LossConfig
+from training.losses.perceptual import VGG_STAGES, EfficientNetDistance, Lpips, make_perceptual
+from training.recipes.recipe import DiscriminatorConfig, LossConfig
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -19,8 +19,8 @@ for phase in phase0 phase1 phase2 phase3; do
   before=$phase
 done
 tiny=$DRORAE_DATA/tiny-imagenet-64
-"$PYTHON" -m training.probe --checkpoint "$RUNS/phase0/checkpoint" \
+"$PYTHON" -m training.studies.linear_probe --checkpoint "$RUNS/phase0/checkpoint" \
   --train "$tiny"/tiny-imagenet-64-00[01].tar.gz --validation "$tiny/tiny-imagenet-64-val.tar" \
   --output "$RUNS/probe.json"
-"$PYTHON" -m training.bundle "$RUNS" --validation "$DRORAE_DATA/photos-256-val.tar" \
+"$PYTHON" -m training.studies.bundle "$RUNS" --validation "$DRORAE_DATA/photos-256-val.tar" \
   --readout-photos "$DRORAE_DATA/photos-256"

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import close_session, constants
 
-import cli.transfer
+import cli.hub.transfer
 
 TOKEN = "hf_" + "a" * 34
 COMMIT = "1" * 40
@@ -229,7 +229,7 @@ def home(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(cli.transfer, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(cli.hub.transfer, "WAITS_S", (0.0, 0.0))
     return folder
 
 

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
-from cli.hub import pull_repository
-from tests.cli.hub.conftest import COMMIT, ENCODER, TOKEN, WEIGHTS, Repository, sha256, use_endpoint
+from cli.hub.repository import pull_repository
+from tests.cli.hub.conftest import (
+    COMMIT,
+    ENCODER,
+    TOKEN,
+    WEIGHTS,
+    Repository,
+    sha256,
+    use_endpoint,
+)
 
 NEEDED = {"config.json", "preprocessor_config.json", "model.safetensors"}
 PATIENCE_S = 300  # a process that is well may take so long beside others that keep every core busy
@@ -278,7 +286,7 @@ def test_two_pulls_of_a_file_do_not_mix(hub, encoder, home, refused):
 
 def test_without_the_library_the_extra_is_named(monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for name in ("cli.hub", "cli.transfer"):
+    for name in ("cli.hub.repository", "cli.hub.transfer"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert "pip install 'drorae[hub]'" in refused("pull", ENCODER, status=1)
 

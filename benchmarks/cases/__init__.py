@@ -1,0 +1,1 @@
+"""What is timed: operators, tokenizers and training steps on random weights."""

@@ -1,0 +1,1 @@
+"""Faults that the service must bear."""

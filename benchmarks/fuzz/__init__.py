@@ -1,0 +1,1 @@
+"""Malformed requests, made of a seed and a number."""

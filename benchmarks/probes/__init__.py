@@ -1,0 +1,1 @@
+"""What the fault scenarios send, and how they judge what came back."""

@@ -1,0 +1,1 @@
+"""Repositories of a hub as local folders."""

@@ -1,0 +1,1 @@
+"""The routes, and what each of them does with a request."""

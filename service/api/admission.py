@@ -1,0 +1,165 @@
+"""Admission: what requests hold is bounded, in items and in bytes, and what does not fit is refused at once.
+
+A request holds items from the end of its body to its answer. It holds bytes from the first byte of its body
+until its answer is sent: the body as far as it came, then what its inputs, results and answer take.
+
+Everything here runs on the event loop's thread; only the measured rates come from the engine's threads.
+"""
+
+import asyncio
+import math
+import time
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self
+
+from service.engine.engine import Engine
+from service.engine.queue import Operation
+from service.errors import QueueFullError
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+MAX_RETRY_AFTER_S = 600
+DEADLINE_MARGIN = 1.5
+"""Of the estimated wait: what is accepted should keep its deadline even if the rate drops, as it does on a
+CPU that has refusals to answer beside its work."""
+SMALL_BYTES = 2**20
+LARGE_SHARE = 0.75
+"""Of the limit, for requests that hold more than `SMALL_BYTES`: a few large bodies, or answers that nobody
+reads, leave room for photos."""
+
+
+class Admission:
+    """The room that requests share.
+
+    Args:
+        settings: the limits.
+        engine: its measured rates tell Retry-After, and whether a deadline can be kept.
+        metrics: where room and refusals are counted.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._metrics = metrics
+        self._items = dict.fromkeys(Operation, 0)
+        self._bytes = 0
+        self.num_requests = 0
+        metrics.pending_items.set_function(lambda: sum(self._items.values()))
+        metrics.pending_bytes.set_function(lambda: self._bytes)
+
+    def admit(self, operation: Operation, num_items: int, deadline_s: float) -> "Reservation":
+        """Begin a request, whose reservation holds nothing yet.
+
+        Args:
+            operation: what its items need.
+            num_items: how many there are, as far as its headers tell.
+            deadline_s: when it must be done, on the clock of `time.monotonic`.
+
+        Raises:
+            QueueFullError: no room for the items, or no hope to keep the deadline.
+        """
+        self._check_items(num_items)
+        backlog_s = self.backlog_s()
+        left_s = deadline_s - time.monotonic()
+        if backlog_s * DEADLINE_MARGIN > left_s:
+            raise self._full(
+                "deadline",
+                f"The work accepted before takes about {backlog_s:.1f} s, too long for this request's "
+                f"deadline of {left_s:.1f} s.",
+            )
+        return Reservation(self, operation)
+
+    def backlog_s(self) -> float:
+        """How long the engines need for what was accepted, seconds, at their measured rates."""
+        return self._engine.rates.duration_s(self._items, self._engine.num_workers)
+
+    def _check_items(self, further: int) -> None:
+        pending, limit = sum(self._items.values()), self._settings.queue_limit_items
+        if pending + further > limit:
+            raise self._full(
+                "items",
+                f"The queue is full: {pending} of at most {limit} items are accepted and not yet answered, "
+                f"and {further} more came.",
+            )
+
+    def _check_bytes(self, held: int, wanted: int) -> None:
+        """Whether a request that holds ``held`` may hold ``wanted``; one that is alone always may."""
+        others, limit = self._bytes - held, self._settings.queue_limit_bytes
+        share = limit if wanted <= SMALL_BYTES else int(limit * LARGE_SHARE)
+        if others > 0 and others + wanted > share:
+            raise self._full(
+                "bytes",
+                f"Requests hold {self._bytes} of at most {limit} bytes, and {wanted - held} more came.",
+            )
+
+    def _full(self, reason: str, detail: str) -> QueueFullError:
+        self._metrics.rejected_requests.labels(reason).inc()
+        retry_after_s = max(self._settings.retry_after_s, math.ceil(self.backlog_s()))
+        return QueueFullError(detail, {"Retry-After": str(min(retry_after_s, MAX_RETRY_AFTER_S))})
+
+    def _add(self, operation: Operation, num_items: int, num_bytes: int) -> None:
+        self._items[operation] += num_items
+        self._bytes += num_bytes
+
+
+class Reservation:
+    """What one request holds; a context manager that gives it back.
+
+    Attributes:
+        num_items: images or latents.
+        num_bytes: all memory that the request takes.
+    """
+
+    def __init__(self, admission: Admission, operation: Operation) -> None:
+        self.num_items = 0
+        self.num_bytes = 0
+        self._admission = admission
+        self._operation = operation
+        self._num_users = 0
+
+    def __enter__(self) -> Self:
+        self._admission.num_requests += 1
+        self._num_users += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission.num_requests -= 1
+        self.hold_items(0)
+        self._leave()
+
+    def hold_items(self, num_items: int) -> None:
+        """Set the number of items.
+
+        Raises:
+            QueueFullError: there is no room for the further ones; the reservation stays as it was.
+        """
+        further = num_items - self.num_items
+        if further > 0:
+            self._admission._check_items(further)
+        self._admission._add(self._operation, further, 0)
+        self.num_items = num_items
+
+    def hold_bytes(self, num_bytes: int) -> None:
+        """Set the number of bytes.
+
+        Raises:
+            QueueFullError: there is no room for the further ones; the reservation stays as it was.
+        """
+        if num_bytes > self.num_bytes:
+            self._admission._check_bytes(self.num_bytes, num_bytes)
+        self._admission._add(self._operation, 0, num_bytes - self.num_bytes)
+        self.num_bytes = num_bytes
+
+    def keep_until_done(self, work: Future[Any]) -> None:
+        """Hold the bytes until a thread's work is done, which goes on though its request has ended."""
+        loop = asyncio.get_running_loop()
+        self._num_users += 1
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._leave))
+
+    def _leave(self) -> None:
+        self._num_users -= 1
+        if self._num_users == 0:
+            self.hold_bytes(0)

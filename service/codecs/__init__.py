@@ -1,0 +1,1 @@
+"""Request bodies to model inputs, and model outputs to bodies."""

@@ -1,0 +1,225 @@
+"""Model outputs to responses in the format that was negotiated.
+
+Shape legend: N items, C h w one latent, S image side.
+"""
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from fastapi import Response
+from torch import Tensor
+
+from model.images.similarity import psnr, ssim
+from model.images.tensors import to_bytes, to_unit
+from model.tokenizer import Tokenizer
+from service.codecs import tensors
+from service.codecs.images import PictureFormat, write_picture
+from service.codecs.json.documents import write_document
+from service.codecs.json.files import write_files
+from service.codecs.json.numbers import write_numbers
+from service.codecs.media_types import JPEG, JSON, NPY, PICTURE_MEDIA_TYPES, PNG, RAW, SAFETENSORS, WEBP, ZIP
+from service.codecs.schemas import (
+    EncodeOptions,
+    FloatName,
+    LatentsOut,
+    PictureOutOptions,
+    PicturesOut,
+    ReconstructionsOut,
+)
+from service.engine.engine import dtype_name
+from service.engine.queue import Operation
+from service.errors import OptionError
+
+_PICTURE_FORMATS: Mapping[str, PictureFormat] = {PNG: "png", JPEG: "jpeg", WEBP: "webp"}
+_EXTENSIONS: Mapping[PictureFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # equal pictures give equal bytes
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which model made an answer; goes into every format that has room for it."""
+
+    model: str
+    checkpoint_sha256: str | None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Origin":
+        """The origin of what this tokenizer makes."""
+        checkpoint = tokenizer.checkpoint
+        return cls(tokenizer.config.name, checkpoint.sha256 if checkpoint else None)
+
+    def metadata(self) -> dict[str, str]:
+        """As safetensors metadata."""
+        sha256 = {"checkpoint_sha256": self.checkpoint_sha256} if self.checkpoint_sha256 else {}
+        return {"model": self.model, **sha256}
+
+
+def latent_dtype(options: EncodeOptions) -> torch.dtype:
+    """Type of the latents that ``/encode`` answers with.
+
+    Raises:
+        OptionError: ``dtype=uint8`` where it does not describe a raw tensor body.
+    """
+    if options.output_dtype is not None:
+        return tensors.DTYPES[options.output_dtype]
+    if options.dtype == "uint8" and options.shape is None:
+        raise OptionError("Latents have no dtype=uint8: ask for float16, bfloat16 or float32.")
+    if options.dtype is None or options.dtype == "uint8":
+        return torch.float16
+    return tensors.DTYPES[options.dtype]
+
+
+def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, origin: Origin) -> Response:
+    """Latents [N, C, h, w] float32 as a response.
+
+    Raises:
+        OptionError: a dtype that the format lacks, or that the numbers overflow.
+    """
+    narrowed = tensors.narrow(latents, latent_dtype(options))
+    if media_type == JSON:
+        document = LatentsOut.model_construct(
+            model=origin.model,
+            checkpoint_sha256=origin.checkpoint_sha256,
+            latent=options.latent,
+            normalized=options.normalize,
+            dtype=cast(FloatName, dtype_name(narrowed.dtype)),
+            shape=list(narrowed.shape),
+            latents=[],
+        )
+        content = write_document(document, "latents", write_numbers(narrowed))
+        return Response(content, media_type=JSON)
+    metadata = {
+        **origin.metadata(),
+        "normalized": str(options.normalize).lower(),
+        "latent": options.latent,
+    }
+    return _tensor_answer("latents", narrowed, media_type, metadata)
+
+
+def writing_bytes(operation: Operation, media_type: str, result_bytes: int) -> int:
+    """Most memory that writing an answer takes, its own bytes included, for float32 results of so many bytes.
+
+    Latents as text have up to 22 characters a number; other formats hold the results once more in another
+    type, and then as bytes.
+    """
+    as_text = operation is Operation.ENCODE and media_type == JSON
+    return (6 if as_text else 2) * result_bytes
+
+
+def offered_pictures(options: PictureOutOptions) -> tuple[str, ...]:
+    """Media types of a picture answer, the default first; diffusers' options move the default."""
+    if options.output_type == "pt":
+        first = RAW
+    elif options.image_format == "jpg":
+        first = JPEG
+    else:
+        first = PNG
+    return (first, *(media_type for media_type in PICTURE_MEDIA_TYPES if media_type != first))
+
+
+def pictures_answer(
+    pictures: Tensor,
+    media_type: str,
+    options: PictureOutOptions,
+    origin: Origin,
+    originals: Sequence[Tensor] = (),
+) -> Response:
+    """Pictures [N, 3, S, S] in [0, 1] as a response.
+
+    Args:
+        pictures: what the model gave.
+        media_type: as negotiated; several pictures under an image type become a zip of that type.
+        options: type, range and layout of picture tensors.
+        origin: which model made them.
+        originals: images [3, S, S], uint8 or in [0, 1]; when given, a JSON answer says how close the two
+            are.
+    """
+    if media_type in (SAFETENSORS, NPY, RAW):
+        return _tensor_answer("images", picture_tensor(pictures, options), media_type, origin.metadata())
+    fallback: PictureFormat = "jpeg" if options.image_format == "jpg" else "png"
+    picture_format = _PICTURE_FORMATS.get(media_type, fallback)
+    files = [write_picture(pixels, picture_format) for pixels in pictures]
+    if media_type == JSON:
+        return _json_pictures(files, picture_format, origin, pictures, originals)
+    if media_type == ZIP or len(files) > 1:
+        return Response(_zip(files, _EXTENSIONS[picture_format]), media_type=ZIP)
+    return Response(files[0], media_type=media_type)
+
+
+def picture_tensor(pictures: Tensor, options: PictureOutOptions) -> Tensor:
+    """Pictures [N, 3, S, S] in [0, 1] in the type, range and layout that the options ask for.
+
+    uint8 [N, 3, S, S] by default; with diffusers' ``output_type=pt`` floating point in [-1, 1], or
+    uint8 [N, S, S, 3] after ``partial_postprocess``; with its ``output_type=pil`` (a processor on
+    the client's side) floating point in [0, 1].
+    """
+    if options.output_type == "pt" and options.partial_postprocess:
+        return to_bytes(pictures).permute(0, 2, 3, 1).contiguous()
+    name = _picture_dtype(options)
+    if name == "uint8":
+        return to_bytes(pictures)
+    value_range = options.range or ("unit" if options.output_type == "pil" else "signed")
+    return (pictures * 2 - 1 if value_range == "signed" else pictures).to(tensors.DTYPES[name])
+
+
+def _picture_dtype(options: PictureOutOptions) -> str:
+    if options.output_dtype is not None:
+        return options.output_dtype
+    if options.shape is None and options.dtype is not None:  # with a shape, dtype describes the body
+        return options.dtype
+    if options.output_type is None:
+        return "uint8"
+    return "float16" if options.dtype in (None, "uint8") else options.dtype
+
+
+def _tensor_answer(name: str, tensor: Tensor, media_type: str, metadata: Mapping[str, str]) -> Response:
+    headers = {"shape": str(list(tensor.shape)), "dtype": dtype_name(tensor.dtype)}
+    if media_type == SAFETENSORS:
+        content = tensors.write_safetensors(name, tensor, metadata)
+    elif media_type == NPY:
+        content = tensors.write_npy(tensor)
+    else:
+        content = tensors.write_raw(tensor)
+    return Response(content, media_type=media_type, headers=headers)
+
+
+def _json_pictures(
+    files: list[bytes],
+    picture_format: PictureFormat,
+    origin: Origin,
+    pictures: Tensor,
+    originals: Sequence[Tensor],
+) -> Response:
+    document = PicturesOut(
+        model=origin.model,
+        checkpoint_sha256=origin.checkpoint_sha256,
+        image_format="jpeg" if picture_format == "jpeg" else "png",
+        images=[],
+    )
+    if originals:
+        document = ReconstructionsOut(**document.model_dump(), **_closeness(pictures, originals))
+    return Response(write_document(document, "images", write_files(files)), media_type=JSON)
+
+
+def _closeness(pictures: Tensor, originals: Sequence[Tensor]) -> dict[str, list[float | None]]:
+    """PSNR and SSIM of each picture, one at a time: SSIM takes 29 MiB for a picture of 256x256."""
+    values: dict[str, list[float | None]] = {"psnr": [], "ssim": []}
+    for picture, original in zip(pictures, originals, strict=True):
+        pair = picture[None], to_unit(original)[None]
+        decibels = psnr(*pair).item()
+        values["psnr"].append(decibels if math.isfinite(decibels) else None)
+        values["ssim"].append(ssim(*pair).item())
+    return values
+
+
+def _zip(files: list[bytes], extension: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # the images are compressed already
+        for index, file in enumerate(files):
+            archive.writestr(zipfile.ZipInfo(f"{index:04d}.{extension}", _ZIP_TIME), file)
+    return buffer.getvalue()

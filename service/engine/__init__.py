@@ -1,0 +1,1 @@
+"""The engine: items in, batches through the devices, results out. It knows nothing of HTTP."""

@@ -1,0 +1,78 @@
+"""What a runner is: it launches batches on a device, and each gives an outcome when it is waited for.
+
+Shape legend: n items of a batch, S image side, C h w a latent.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from service.engine.queue import BatchKey, Operation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch gave.
+
+    Attributes:
+        results: [n, ...] float32 on the CPU.
+        finite: for each item whether all of its numbers are.
+        started_s: when the device began, on the clock of `time.monotonic`.
+        device_s: how long it took, seconds.
+    """
+
+    results: Tensor
+    finite: Sequence[bool]
+    started_s: float
+    device_s: float
+
+
+class Launched(Protocol):
+    """A batch on its way."""
+
+    def wait(self) -> Outcome:
+        """Wait for the device.
+
+        Raises:
+            Exception: whatever the model or the device raised.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """One device, or one worker of the CPU, with the model on it.
+
+    Attributes:
+        name: such as ``cuda:0`` or ``cpu:1``.
+        buckets: sizes that batches are padded to, ascending.
+        depth: batches that may be launched and not yet waited for.
+    """
+
+    name: str
+    buckets: Sequence[int]
+    depth: int
+
+    def warm(self) -> Mapping[Operation, float]:
+        """Run every bucket, so that no request pays for what is compiled, captured or allocated once.
+
+        Buckets that turn out too slow are left out of `buckets`, except the smallest.
+
+        Returns:
+            How long a batch of the largest bucket takes then, seconds.
+        """
+        ...
+
+    def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> Launched:
+        """Begin a batch of at most the largest bucket's size.
+
+        Args:
+            key: what is done.
+            inputs: images [3, S, S] uint8 or float32 in [0, 1], or latents [C, h, w] float32; on the CPU.
+        """
+        ...
+
+    def free_memory(self) -> None:
+        """Give back what is cached, after the device ran out of memory."""
+        ...

@@ -1,0 +1,125 @@
+"""Errors to RFC 9457 problem documents; those of FastAPI, Starlette and the model package are translated here
+and nowhere else."""
+
+import json
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from model.errors import ImageError as ModelImageError
+from model.errors import LatentError, ModelError
+from service.errors import (
+    ImageError,
+    InternalError,
+    LatentsError,
+    MalformedError,
+    MediaTypeError,
+    MethodError,
+    NotFoundError,
+    ServiceError,
+    TooLargeError,
+    UnprocessableError,
+)
+from service.telemetry.context import RequestContext
+from service.telemetry.tracing import random_hex
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:drorae:problem:"
+
+_FOREIGN_STATUSES: dict[int, type[ServiceError]] = {
+    400: MalformedError,
+    404: NotFoundError,
+    405: MethodError,
+    413: TooLargeError,
+    415: MediaTypeError,
+}
+
+
+def translate(error: Exception, request_id: str = "") -> ServiceError:
+    """The `ServiceError` for any exception; an unexpected one is logged under the id and becomes a 500."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, HTTPException):
+        return _from_http_exception(error, request_id)
+    if isinstance(error, LatentError):
+        return LatentsError(str(error))
+    if isinstance(error, ModelImageError):
+        return ImageError(str(error))
+    if isinstance(error, ModelError):
+        return UnprocessableError(str(error))
+    _log_unexpected("unexpected error", error, request_id)
+    return InternalError("The service failed unexpectedly; its log has the details under this request_id.")
+
+
+def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
+    """The problem document of an error."""
+    return {
+        "type": TYPE_PREFIX + error.slug,
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "request_id": request_id,
+    }
+
+
+def problem_message(error: ServiceError) -> bytes:
+    """An answer as bytes, for what is refused before it is a request; it closes the connection."""
+    request_id = random_hex(32)
+    body = json.dumps(problem(error, request_id)).encode()
+    headers = {
+        "Content-Type": PROBLEM_MEDIA_TYPE,
+        "Content-Length": str(len(body)),
+        "X-Request-ID": request_id,
+        **error.headers,
+        "Connection": "close",
+    }
+    lines = (f"{name.lower()}: {value}\r\n" for name, value in headers.items())
+    phrase = HTTPStatus(error.status).phrase
+    return f"HTTP/1.1 {error.status} {phrase}\r\n{''.join(lines)}\r\n".encode() + body
+
+
+def problem_response(error: Exception, context: RequestContext) -> JSONResponse:
+    """The response for any exception; notes in ``context`` how the request came out."""
+    known = translate(error, context.request_id)
+    context.outcome = known.slug
+    return JSONResponse(
+        problem(known, context.request_id), known.status, headers=known.headers, media_type=PROBLEM_MEDIA_TYPE
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error that reaches FastAPI a problem document.
+
+    Unexpected exceptions pass through to the outermost middleware, which answers with a 500.
+    """
+
+    # A coroutine: what is none would wait for one of the framework's 40 threads, under overload above all.
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return problem_response(error, request.state.context)
+
+    for kind in (ServiceError, ModelError, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+
+def _log_unexpected(message: str, error: Exception, request_id: str) -> None:
+    logger.error("%s id=%s", message, request_id, exc_info=error, extra={"request_id": request_id})
+
+
+def _from_http_exception(error: HTTPException, request_id: str) -> ServiceError:
+    kind = _FOREIGN_STATUSES.get(error.status_code)
+    if kind is None:
+        _log_unexpected(f"unexpected HTTP status {error.status_code} from the framework", error, request_id)
+        return InternalError(
+            "The service failed unexpectedly; its log has the details under this request_id."
+        )
+    details = {
+        NotFoundError: "There is nothing at this path.",
+        MethodError: "This path does not take that method.",
+    }
+    return kind(details.get(kind, str(error.detail)), error.headers)

@@ -1,0 +1,1 @@
+"""Logs, metrics, traces, and what is known about a request."""

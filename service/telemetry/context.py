@@ -1,0 +1,63 @@
+"""What is known about one request while it is answered: its id, its deadline, where its time went."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from service.telemetry.tracing import TraceContext
+
+
+class Stage(NamedTuple):
+    """A part of a request's time: its name, when it began (`time.monotonic`), how long it took; seconds."""
+
+    name: str
+    started_s: float
+    duration_s: float
+
+
+@dataclass
+class RequestContext:
+    """Kept in ``request.state.context`` from the first byte to the answer.
+
+    Attributes:
+        request_id: the client's ``X-Request-ID`` where it sent a usable one.
+        deadline_s: when the request's time is up, on the clock of `time.monotonic`.
+        outcome: ``ok``, or the slug of the problem that was answered.
+        stages: where the time went, in order: read, decode, queue, batch, device, encode.
+        trace: where the request stands in a distributed trace.
+        resources: what it gives back once its answer is sent.
+    """
+
+    request_id: str
+    deadline_s: float
+    started_s: float = field(default_factory=time.monotonic)
+    outcome: str = "ok"
+    stages: list[Stage] = field(default_factory=list)
+    trace: TraceContext = field(default_factory=TraceContext.fresh)
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Record the time of the block as a stage."""
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.record(stage, started_s, time.monotonic())
+
+    def record(self, stage: str, started_s: float, ended_s: float) -> None:
+        """Record a stage whose begin and end are known."""
+        self.stages.append(Stage(stage, started_s, max(0.0, ended_s - started_s)))
+
+    def elapsed_s(self) -> float:
+        """Seconds since the request came."""
+        return time.monotonic() - self.started_s
+
+    def server_timing(self) -> str:
+        """The ``Server-Timing`` header: milliseconds by stage and in total."""
+        durations = [(stage.name, stage.duration_s) for stage in self.stages]
+        return ", ".join(
+            f"{name};dur={seconds * 1000:.1f}" for name, seconds in [*durations, ("total", self.elapsed_s())]
+        )

@@ -1,0 +1,1 @@
+"""Training images: listed, read, cropped, and kept as latents or hidden states."""

@@ -1,0 +1,1 @@
+"""Devices, ranks, and how modules are spread over them."""

@@ -1,0 +1,1 @@
+"""How good a checkpoint is: reconstructions, latents, distances between image sets."""

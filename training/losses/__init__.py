@@ -1,0 +1,1 @@
+"""Perceptual and adversarial losses, and their networks."""

@@ -1,0 +1,1 @@
+"""What a run writes: files whole or not at all, tables, figures, grids."""

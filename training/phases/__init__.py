@@ -1,0 +1,1 @@
+"""What each phase trains, and the loop that all of them share."""

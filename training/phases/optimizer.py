@@ -1,0 +1,124 @@
+"""What every phase's optimizer shares: schedule, moving average, precision, device."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.distributed.modules import is_sharded, like, local, whole
+from training.recipes.recipe import OptimizerConfig
+
+
+class Ema:
+    """Exponential moving average of a module's trained parameters.
+
+    The decay is warmed up as ``min(decay, (1 + t) / (10 + t))``, so that a short run does not
+    average over its initial weights. Of a sharded parameter each rank averages its shard.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the parameters after optimizer step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            local(self.shadow[name]).lerp_(local(parameter), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the module holds the averaged weights."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._assign(self.shadow)
+        try:
+            yield
+        finally:
+            self._assign(trained)
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(local(values[name]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, whole, on every rank."""
+        return {name: whole(value) for name, value in self.shadow.items()}
+
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Restore averages that `state_dict` gave, on any number of ranks."""
+        for name, value in self.shadow.items():
+            local(value).copy_(local(like(shadow[name], value)))
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; weight decay spares vectors (norms, biases, gains)."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    # Sharded parameters have groups of their own: the fused update takes them or whole ones at a time.
+    for share in (
+        [p for p in trained if not is_sharded(p)],
+        [p for p in trained if is_sharded(p)],
+    ):
+        if share:
+            matrices, vectors = [p for p in share if p.ndim > 1], [p for p in share if p.ndim <= 1]
+            groups.append({"params": matrices, "weight_decay": config.weight_decay})
+            groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """Linear warm-up, then cosine from ``learning_rate`` to ``final_learning_rate``."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set every group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(module: nn.Module, clip_norm: float | None) -> float:
+    """Gradient norm before clipping, over all shards; clips where a limit is given."""
+    limit = math.inf if clip_norm is None else clip_norm
+    trained = [p for p in module.parameters() if p.requires_grad]
+    sharded = [p for p in trained if is_sharded(p)]
+    if not sharded:
+        return float(nn.utils.clip_grad_norm_(trained, limit))
+    whole_ones = [p for p in trained if not is_sharded(p)]
+    norms = [
+        whole(nn.utils.get_total_norm([p.grad for p in share if p.grad is not None]))
+        for share in (whole_ones, sharded)
+    ]
+    norm = torch.stack(norms).norm()
+    for share in (whole_ones, sharded):
+        nn.utils.clip_grads_with_norm_(share, limit, norm)
+    return float(norm)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision: bfloat16 products on CUDA, or on request; float32 otherwise."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Randomness of one step, a function of (seed, step) alone, so that resuming needs no saved state."""
+    return torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + step)

@@ -1,0 +1,1 @@
+"""The dry run: what a phase would need and take."""
