@@ -2,17 +2,20 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from training.distributed.ranks import is_launched, process_group
 from training.errors import RankError
 from training.phases.distillation import DistillationTask
 from training.phases.states import check_run_directory, holds_state
 from training.phases.trainer import Task, Trainer
+from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("phase0", "phase1", "phase2", "phase3", "joint", "sweep")
+PHASES = ("phase0", "phase1", "phase2", "phase3", "joint", "sweep", "generator")
+RECIPES: dict[str, type[BaseRecipe]] = {"phase0": DistillationRecipe, "generator": GeneratorRecipe}
 
 
 def run_phase(
@@ -41,8 +44,7 @@ def run_phase(
         return run_sweep(config_path, overrides, output, resume)
     if output is not None:
         overrides = [*overrides, f"output={output}"]
-    kind = DistillationRecipe if phase == "phase0" else PhaseRecipe
-    recipe = load_recipe(kind, config_path, overrides)
+    recipe = load_recipe(RECIPES.get(phase, PhaseRecipe), config_path, overrides)
     check_run_directory(recipe.output, resume)
     with process_group(recipe.device, recipe.distributed.timeout_s):
         is_resumed = resume and holds_state(recipe.output)
@@ -52,7 +54,11 @@ def run_phase(
     return 0
 
 
-def _make_task(phase: str, recipe: BaseRecipe, is_resumed: bool) -> Task:
+def _make_task(phase: str, recipe: BaseRecipe, is_resumed: bool) -> Task[Any]:
+    if isinstance(recipe, GeneratorRecipe):
+        from training.phases.generation import GenerationTask
+
+        return GenerationTask(recipe)
     if isinstance(recipe, DistillationRecipe):
         return DistillationTask(recipe)
     from training.phases.reconstruction import ReconstructionTask

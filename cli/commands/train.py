@@ -17,12 +17,14 @@ PHASES = {
     "phase2": "the fusion, between frozen encoder and decoder",
     "phase3": "the decoder, on the enriched latents",
     "joint": "fusion and decoder at once, an ablation",
+    "generator": "a DiT^DH on the tokenizer's latents (stage 2)",
     "sweep": "phase 2 at several expert widths and layer counts, with the fit of their scaling",
 }
 EXAMPLES = """\
   drorae train phase1 --config training/recipes/mini-phase1.yaml
   drorae train phase1 --config training/recipes/mini-phase1.yaml --resume
   drorae train sweep --config training/recipes/mini-sweep.yaml
+  drorae train generator --config training/recipes/dit-dh-mini.yaml
   drorae train phase2 --config my.yaml --set optimizer.learning_rate=1e-4 --output runs/try
   torchrun --nproc-per-node 8 -m cli.main train phase2 --config my.yaml      on eight GPUs
   drorae train phase2 --config training/recipes/dinov2-b-phase2.yaml --dry-run --processes 8
@@ -30,18 +32,19 @@ EXAMPLES = """\
 recipes (training/recipes; what each value is from stands beside it):
   dinov2-b-phase1, -phase2, -phase3   full size, on ImageNet: the paper's and RAE's values
   mini-phase0 ... mini-phase3         the bundled checkpoint, on a CPU
+  dit-dh-xl, dit-dh-s, dit-dh-mini    generators: RAE's, its guide, and the bundled one
 Durations may be given in epochs: --set num_steps="16 epochs".
 """
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command."""
-    phases = "\n".join(f"  {name:8}{what}" for name, what in PHASES.items())
+    phases = "\n".join(f"  {name:10}{what}" for name, what in PHASES.items())
     parser = add_command(
         subparsers,
         "train",
         run,
-        "train one phase of a tokenizer",
+        "train one phase of a tokenizer, or a generator",
         "Train one phase from a recipe (YAML): pictures, a log and checkpoints go to its run directory.\n\n"
         f"phases and what each one trains:\n{phases}",
         EXAMPLES,
@@ -143,6 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _show_plan(arguments: argparse.Namespace) -> int:
     from training.planning.plan import PlanOptions, plan_phase, render_plan
 
+    if arguments.phase == "generator":
+        raise UsageError("--dry-run plans the tokenizer's phases; the generator's is not among them yet")
     if arguments.phase == "sweep":
         raise UsageError("--dry-run plans one phase; a sweep's points are runs of phase2: plan that")
     stated = {"bfloat16": arguments.matrix_tflops, "float32": arguments.float32_tflops}

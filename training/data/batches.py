@@ -118,6 +118,15 @@ def random_resized_crop(config: DataConfig, side: int) -> Transform:
     return partial(_random_resized_crop, config, side)
 
 
+def center_crop(config: DataConfig, side: int) -> Transform:
+    """The centre at the model's size, as it is served, and an optional flip."""
+    return partial(_center_crop, config, side)
+
+
+def _center_crop(config: DataConfig, side: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return _random_flip(fit_picture(image, side), rng, config.flip)
+
+
 def _random_crop(config: DataConfig, side: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     low, high = config.resize_short_side
     image = resize_short_side(image, max(side, int(rng.integers(low, high + 1))))
@@ -148,12 +157,28 @@ def fixed_crop(image: Image.Image, transform: Transform, seed: int, index: int, 
     return transform(image, np.random.default_rng((seed, CROP, index, variant)))
 
 
+class ShuffledEpochs:
+    """The order of samples: epoch e visits them in a permutation drawn from (seed, e)."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def index(self, epoch: int, offset: int) -> int:
+        """Which sample is at a place of an epoch; behind the last one comes the first."""
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.num_samples)
+            self._epoch = epoch
+        return int(self._order[offset % self.num_samples])
+
+
 class PositionedDataset(Dataset[Item]):
     """Maps a position in the endless training stream to a sample.
 
-    Epoch e visits the samples in a permutation drawn from (seed, e); augmentation is drawn from
-    (seed, position), or, of a fixed number of crops of each image, epoch e takes number e modulo that.
-    Nothing depends on what was read before.
+    Augmentation is drawn from (seed, position), or, of a fixed number of crops of each image, epoch e takes
+    number e modulo that. Nothing depends on what was read before.
     """
 
     def __init__(
@@ -169,16 +194,12 @@ class PositionedDataset(Dataset[Item]):
         self.seed = seed
         self.crops_per_image = crops_per_image
         self.stored = stored
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self.epochs = ShuffledEpochs(len(samples), seed)
 
     def __getitem__(self, position: int) -> Item:
         epoch, offset = divmod(position, len(self.samples))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
-            self._epoch = epoch
         for num_broken in range(len(self.samples)):
-            index = int(self._order[(offset + num_broken) % len(self.samples)])
+            index = self.epochs.index(epoch, offset + num_broken)
             found = self._crop(position, epoch, index)
             if found is not None:
                 label = self.samples[index].label
@@ -244,6 +265,13 @@ def share_of_batch(batch_size: int, ranks: Ranks) -> range:
     if rest:
         raise ValueError(f"a batch of {batch_size} images does not divide among {ranks.size} ranks")
     return range(ranks.rank * size, (ranks.rank + 1) * size)
+
+
+def share_of_micro_batch(batch_size: int, num_micro_batches: int, number: int, ranks: Ranks) -> range:
+    """Which samples of a step's global batch this rank's share of micro-batch ``number`` holds."""
+    size = batch_size // num_micro_batches
+    share = share_of_batch(size, ranks)
+    return range(number * size + share.start, number * size + share.stop)
 
 
 def training_batches(

@@ -5,7 +5,7 @@ batch. So neither the number of ranks nor of micro-batches changes what a sample
 needs no saved state. Tensors are drawn on the CPU unless a device is named; CPUs and GPUs draw differently.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -13,15 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SAMPLES_PER_BLOCK = 32
+
 
 class Purpose(IntEnum):
-    """What a draw is for. `training.data.batches` uses the numbers 0 and 1 for order and augmentation."""
+    """What a draw is for. `training.data.batches` uses the numbers 0, 1 and 7."""
 
     NOISE = 2
     PERCEPTUAL_CROP = 3
     AUGMENT_FOR_GENERATOR = 4
     AUGMENT_REAL = 5
     AUGMENT_FAKE = 6
+    GENERATION_NOISE = 8
+    GENERATION_CHOICES = 9
+    VALIDATION_NOISE = 10
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,38 @@ class StepRandomness:
             generator.manual_seed(int(self._numbers(purpose, sample).spawn(1)[0].integers(2**62)))
             drawn.append(torch.randn(shape, generator=generator, device=device))
         return torch.stack(drawn)
+
+    def normal_block(
+        self, purpose: Purpose, samples: range, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """Standard normal numbers for consecutive samples, [B, *shape] float32, drawn on ``device``.
+
+        Like `normal`, but with one generator per block of samples, so that a GPU is asked a few times per
+        step instead of once per sample. The streams are others than those of `normal`.
+        """
+        return self._in_blocks(purpose, samples, shape, device, torch.randn)
+
+    def uniform_block(self, purpose: Purpose, samples: range, count: int, device: torch.device) -> Tensor:
+        """``count`` uniform numbers in [0, 1) per consecutive sample, [B, count] float32, as `normal_block`."""
+        return self._in_blocks(purpose, samples, (count,), device, torch.rand)
+
+    def _in_blocks(
+        self,
+        purpose: Purpose,
+        samples: range,
+        shape: tuple[int, ...],
+        device: torch.device,
+        draw: Callable[..., Tensor],
+    ) -> Tensor:
+        generator = torch.Generator(device)
+        first = samples.start // SAMPLES_PER_BLOCK
+        blocks = []
+        for block in range(first, -(-samples.stop // SAMPLES_PER_BLOCK)):
+            generator.manual_seed(int(self._numbers(purpose, block).integers(2**62)))
+            size = (SAMPLES_PER_BLOCK, *shape)
+            blocks.append(draw(size, generator=generator, device=device, dtype=torch.float32))
+        start = samples.start - first * SAMPLES_PER_BLOCK
+        return torch.cat(blocks)[start : start + len(samples)]
 
     def _numbers(self, purpose: Purpose, *sample: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, int(purpose), self.step, *sample))

@@ -7,7 +7,7 @@ What a checkpoint stores is whole in both, under the names of the plain module.
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -74,16 +74,22 @@ class Replicas:
 
 
 def shard_decoder(decoder: Decoder) -> None:
-    """FSDP2: each rank keeps a shard of every block's parameters, and gathers a block when it is its turn.
+    """`shard_blocks` of a decoder, whose last layer stays whole.
 
-    The last layer stays whole: the adversarial term is balanced by the gradient at its weight, which a
-    sharded parameter is not a leaf for.
+    The adversarial term is balanced by the gradient at its weight, for which a sharded parameter is no leaf.
     """
-    device = decoder.last_layer.device
+    shard_blocks(decoder, decoder.blocks, kept_whole=set(decoder.predict.parameters()))
+
+
+def shard_blocks(
+    module: nn.Module, blocks: Iterable[nn.Module], kept_whole: Collection[nn.Parameter] = ()
+) -> None:
+    """FSDP2: each rank keeps a shard of every block's parameters, and gathers a block when it is its turn."""
+    device = next(module.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in decoder.blocks:
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.predict.parameters()))
+    fully_shard(module, mesh=mesh, ignored_params=set(kept_whole))
 
 
 def checkpoint_activations(module: nn.Module) -> None:

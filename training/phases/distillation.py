@@ -114,7 +114,7 @@ class Student(nn.Module):
         )
 
 
-class DistillationTask(Task):
+class DistillationTask(Task[Batch]):
     """Trains the encoder of a preset against EfficientNet-Lite0."""
 
     def __init__(self, recipe: DistillationRecipe) -> None:
@@ -183,7 +183,7 @@ class DistillationTask(Task):
             + losses["reserved"]
         )
         total.backward()
-        norm = clip_gradients(self.student, recipe.optimizer.clip_norm)
+        norm = float(clip_gradients(self.student, recipe.optimizer.clip_norm))
         self.optimizer.step()
         self.ema.update(step)
         figures = {name: loss.item() for name, loss in losses.items()}

@@ -28,8 +28,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average towards the parameters after optimizer step ``step`` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in self.parameters.items():
-            local(self.shadow[name]).lerp_(local(parameter), 1 - decay)
+        shadow = [local(value) for value in self.shadow.values()]
+        torch._foreach_lerp_(shadow, [local(p) for p in self.parameters.values()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -73,12 +73,14 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up, then cosine from ``learning_rate`` to ``final_learning_rate``."""
+    """Linear warm-up, a plateau until ``decay_start_step``, then a decay to ``final_learning_rate``."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+    start = max(config.warmup_steps, config.decay_start_step)
+    end = num_steps if config.decay_end_step is None else config.decay_end_step
+    progress = min(1.0, max(0, step - start) / max(1, end - start))
+    kept = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * kept
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -87,22 +89,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def clip_gradients(module: nn.Module, clip_norm: float | None) -> float:
-    """Gradient norm before clipping, over all shards; clips where a limit is given."""
+def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
+    """Gradient norm before clipping, over all shards, on the device; clips where a limit is given."""
     limit = math.inf if clip_norm is None else clip_norm
     trained = [p for p in module.parameters() if p.requires_grad]
     sharded = [p for p in trained if is_sharded(p)]
     if not sharded:
-        return float(nn.utils.clip_grad_norm_(trained, limit))
+        return nn.utils.clip_grad_norm_(trained, limit)
     whole_ones = [p for p in trained if not is_sharded(p)]
     norms = [
         whole(nn.utils.get_total_norm([p.grad for p in share if p.grad is not None]))
         for share in (whole_ones, sharded)
+        if share
     ]
     norm = torch.stack(norms).norm()
     for share in (whole_ones, sharded):
         nn.utils.clip_grads_with_norm_(share, limit, norm)
-    return float(norm)
+    return norm
 
 
 def resolve_device(name: str) -> torch.device:
@@ -114,9 +117,15 @@ def resolve_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision: bfloat16 products on CUDA, or on request; float32 otherwise."""
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+    if products_dtype(device, precision) == torch.bfloat16:
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def products_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Type of the matrix products under `autocast`."""
+    is_mixed = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if is_mixed else torch.float32
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:

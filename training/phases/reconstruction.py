@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from model.tokenizer import Tokenizer
-from training.data.batches import Batch, list_training_images, random_crop, share_of_batch, training_batches
+from training.data.batches import (
+    Batch,
+    list_training_images,
+    random_crop,
+    share_of_micro_batch,
+    training_batches,
+)
 from training.data.cache import KINDS, StateCache, cache_spec
 from training.data.cache_build import open_or_build_cache, tokens_from_states
 from training.data.randomness import Purpose, StepRandomness
@@ -96,7 +102,7 @@ class Reconstructor(nn.Module):
         return self.tokenizer.decoder(tokens).float()
 
 
-class ReconstructionTask(Task):
+class ReconstructionTask(Task[Batch]):
     """Trains parts of a tokenizer to reconstruct: L1, perceptual and adversarial loss.
 
     Args:
@@ -193,7 +199,7 @@ class ReconstructionTask(Task):
             pairs.append((images, reconstructions.detach()))
             for name, value in losses.items():
                 figures[name] = figures.get(name, 0.0) + value.item() / len(micro_batches)
-        figures["gradient_norm"] = clip_gradients(self.tokenizer, recipe.optimizer.clip_norm)
+        figures["gradient_norm"] = float(clip_gradients(self.tokenizer, recipe.optimizer.clip_norm))
         self.optimizer.step()
         self.ema.update(step)
         figures["discriminator"] = self._train_discriminator(step, pairs, randomness)
@@ -306,9 +312,8 @@ class ReconstructionTask(Task):
 
     def _samples(self, micro_batch: int) -> range:
         """Which samples of the step's global batch this rank's share of a micro-batch holds."""
-        size = self.recipe.batch_size // self.recipe.accumulation_steps
-        share = share_of_batch(size, self.ranks)
-        return range(micro_batch * size + share.start, micro_batch * size + share.stop)
+        recipe = self.recipe
+        return share_of_micro_batch(recipe.batch_size, recipe.accumulation_steps, micro_batch, self.ranks)
 
     def _noise(self, samples: range, randomness: StepRandomness) -> Tensor | None:
         """``sigma n`` with ``sigma ~ U(0, tau)`` per sample (RAE), [B, N, C]."""

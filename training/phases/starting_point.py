@@ -13,7 +13,7 @@ from training.errors import RecipeError
 from training.phases.fusion_start import initialize_fusion
 from training.phases.optimizer import step_generator
 from training.phases.ridge_decoder import initialize_decoder
-from training.recipes.recipe import PhaseRecipe
+from training.recipes.recipe import BaseRecipe, PhaseRecipe
 
 
 def check_recipe(phase: str, recipe: PhaseRecipe, num_ranks: int) -> None:
@@ -22,11 +22,7 @@ def check_recipe(phase: str, recipe: PhaseRecipe, num_ranks: int) -> None:
     Raises:
         RecipeError: names the field.
     """
-    if recipe.batch_size % (recipe.accumulation_steps * num_ranks):
-        raise RecipeError(
-            f"field 'accumulation_steps': batch_size={recipe.batch_size} does not divide into "
-            f"{recipe.accumulation_steps} micro-batches on {num_ranks} ranks"
-        )
+    check_batches(recipe, num_ranks)
     if not recipe.data.validation:
         raise RecipeError(
             "field 'data.validation': phases 1 to 3 report PSNR and SSIM on it, so it is required"
@@ -37,6 +33,19 @@ def check_recipe(phase: str, recipe: PhaseRecipe, num_ranks: int) -> None:
         raise RecipeError("field 'fusion_init': only phase 2 and joint training start a fusion")
     if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
         raise RecipeError("field 'discriminator.start_step' comes after discriminator.adversarial_start_step")
+
+
+def check_batches(recipe: BaseRecipe, num_ranks: int) -> None:
+    """Whether a step's batch can be shared out equally.
+
+    Raises:
+        RecipeError: names the field.
+    """
+    if recipe.batch_size % (recipe.accumulation_steps * num_ranks):
+        raise RecipeError(
+            f"field 'accumulation_steps': batch_size={recipe.batch_size} does not divide into "
+            f"{recipe.accumulation_steps} micro-batches on {num_ranks} ranks"
+        )
 
 
 def with_networks(recipe: PhaseRecipe, networks: dict[str, str]) -> PhaseRecipe:

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from training.data.batches import Batch
 from training.data.cache import listing_sha256
 from training.data.sources import Sample
 from training.distributed.ranks import current
@@ -41,8 +40,17 @@ from training.recipes.recipe import BaseRecipe
 
 logger = logging.getLogger(__name__)
 
+BatchType = TypeVar("BatchType", bound="TrainingBatch")
 
-class Task(ABC):
+
+class TrainingBatch(Protocol):
+    """What the trainer asks of a micro-batch."""
+
+    @property
+    def num_broken(self) -> int: ...
+
+
+class Task(ABC, Generic[BatchType]):
     """What one phase trains, and how. The trainer calls it; it knows nothing of files or logs.
 
     Every rank has its own, and calls every method at the same time as the others; files are written by the
@@ -55,12 +63,15 @@ class Task(ABC):
     """The listing of the recipe's ``data.train``."""
 
     @abstractmethod
-    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+    def batches(self, start_step: int) -> Iterator[list[BatchType]]:
         """This rank's share of the micro-batches of step ``start_step`` and of every step after it."""
 
     @abstractmethod
-    def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step; returns its losses, means over the whole batch and alike on every rank."""
+    def train_step(self, step: int, micro_batches: list[BatchType]) -> dict[str, float]:
+        """One optimizer step; returns its losses, means over the whole batch and alike on every rank.
+
+        A task may leave them out of steps that are not `is_reported`, so that no step waits for the device.
+        """
 
     @abstractmethod
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
@@ -93,7 +104,7 @@ class Trainer:
     once where nothing would be lost. A second SIGINT stops at once in any case.
     """
 
-    def __init__(self, task: Task, output: Path) -> None:
+    def __init__(self, task: Task[Any], output: Path) -> None:
         self.task = task
         self.recipe = task.recipe
         self.output = output
@@ -196,7 +207,7 @@ class Trainer:
                 _check_finite(step, losses)
                 self._after_step(step, losses, bar)
 
-    def _next_batches(self, step: int, batches: Iterator[list[Batch]]) -> list[Batch]:
+    def _next_batches(self, step: int, batches: Iterator[list[TrainingBatch]]) -> list[TrainingBatch]:
         """The next step's; where a process that decodes them was killed, what was trained is saved first."""
         try:
             return next(batches)
@@ -214,7 +225,7 @@ class Trainer:
         done = step + 1
         is_last = done == self.recipe.num_steps
         bar.update()
-        if done % self.recipe.log_every_steps == 0 or is_last:
+        if is_logged(step, self.recipe):
             bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
             row = {"seconds": round(self._seconds(), 1), "num_broken": self._total_broken(), **losses}
             self._append_row("train.csv", step, row)
@@ -312,6 +323,20 @@ class Trainer:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
+
+
+def is_logged(step: int, recipe: BaseRecipe) -> bool:
+    """Whether the losses of step ``step`` (from 0) become a row of the log."""
+    return (step + 1) % recipe.log_every_steps == 0 or step + 1 == recipe.num_steps
+
+
+def is_reported(step: int, recipe: BaseRecipe) -> bool:
+    """Whether the losses of step ``step`` are logged, or looked at because its weights are saved."""
+    return (
+        is_logged(step, recipe)
+        or (step + 1) % recipe.checkpoint_every_steps == 0
+        or (step + 1) % recipe.evaluate_every_steps == 0
+    )
 
 
 def device_name(name: str) -> str:

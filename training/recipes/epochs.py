@@ -17,6 +17,8 @@ STEP_FIELDS = frozenset(
         "num_steps",
         "final_steps",
         "warmup_steps",
+        "decay_start_step",
+        "decay_end_step",
         "start_step",
         "adversarial_start_step",
         "log_every_steps",

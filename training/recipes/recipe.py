@@ -44,10 +44,13 @@ class DataConfig(FrozenConfig):
 
 
 class OptimizerConfig(FrozenConfig):
-    """AdamW with linear warm-up and cosine decay (RAE's values)."""
+    """AdamW with linear warm-up and a decay of the rate (RAE's values)."""
 
     learning_rate: float = Field(2e-4, gt=0)
     final_learning_rate: float = Field(2e-5, ge=0)
+    decay: Literal["cosine", "linear"] = Field("cosine", description="Shape of the way to the final rate.")
+    decay_start_step: NonNegativeInt = Field(0, description="Where it begins, after the warm-up.")
+    decay_end_step: PositiveInt | None = Field(None, description="Where it ends; null: with the run.")
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Weight = 0.0
     warmup_steps: NonNegativeInt = 0

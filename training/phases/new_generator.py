@@ -1,0 +1,114 @@
+"""What stage 2 starts from: a recipe that can be done, the tokenizer, and the generator."""
+
+import torch
+from pydantic import ValidationError
+
+from model.errors import CheckpointError
+from model.generator import GENERATOR_PRESETS, Generator, GeneratorConfig, TrainedOn
+from model.sampling import default_shift
+from model.tokenizer import Tokenizer
+from training.data.classes import Classes
+from training.errors import RecipeError
+from training.phases.starting_point import check_batches
+from training.recipes.generator import GeneratorRecipe
+
+
+def check_recipe(recipe: GeneratorRecipe, num_ranks: int) -> None:
+    """Whether the recipe can be done.
+
+    Raises:
+        RecipeError: names the field.
+    """
+    check_batches(recipe, num_ranks)
+    if not recipe.data.validation:
+        raise RecipeError("field 'data.validation': the validation loss is computed on it, so it is required")
+    named = [name for name in ("preset", "generator", "init") if getattr(recipe, name) is not None]
+    if len(named) != 1:
+        found = " and ".join(named) or "none"
+        raise RecipeError(f"field 'preset': name one of preset, generator and init, not {found}")
+
+
+def load_tokenizer(recipe: GeneratorRecipe, device: torch.device) -> Tokenizer:
+    """The frozen tokenizer.
+
+    Raises:
+        RecipeError: it is not there, or has no statistics that the recipe can use.
+    """
+    try:
+        tokenizer = Tokenizer.load(recipe.tokenizer, device)
+    except CheckpointError as exc:
+        raise RecipeError(f"field 'tokenizer': {exc}") from exc
+    if recipe.statistics == "tokenizer":
+        if not tokenizer.has_statistics:
+            raise RecipeError(
+                f"field 'statistics': tokenizer {recipe.tokenizer} has none: use 'data', or drorae stats"
+            )
+        if recipe.latent == "base" and tokenizer.fusion is not None:
+            raise RecipeError("field 'statistics': the tokenizer's are of enriched latents: use 'data'")
+    elif recipe.latent == "base" and not recipe.hold_latents:
+        raise RecipeError("field 'hold_latents': statistics of base latents are taken of those that are held")
+    return tokenizer
+
+
+def make_generator(recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Classes) -> Generator:
+    """A new generator of the recipe's architecture, or the one that it goes on from.
+
+    Raises:
+        RecipeError: it does not fit the latents or the classes.
+    """
+    if recipe.init is not None:
+        try:
+            source = Generator.load(recipe.init)
+        except CheckpointError as exc:
+            raise RecipeError(f"field 'init': {exc}") from exc
+        config = source.config.model_copy(update={"name": recipe.name})
+    else:
+        source, config = None, _new_config(recipe, tokenizer, classes)
+    _check_fit(recipe, config, tokenizer, classes)
+    generator = Generator(config, _trained_on(recipe, tokenizer, classes, config))
+    if source is not None:
+        generator.network.load_state_dict(source.network.state_dict())
+    return generator
+
+
+def _new_config(recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Classes) -> GeneratorConfig:
+    """The given architecture, or the preset fitted to the latents and the classes."""
+    if recipe.generator is not None:
+        return recipe.generator.model_copy(update={"name": recipe.name})
+    assert recipe.preset is not None
+    channels, grid, _ = tokenizer.config.latent_shape
+    fitted = {
+        "name": recipe.name,
+        "latent_channels": channels,
+        "grid": grid,
+        "num_classes": classes.count,
+    }
+    try:
+        return GeneratorConfig(**GENERATOR_PRESETS[recipe.preset].model_dump() | fitted)
+    except ValidationError as exc:
+        raise RecipeError(f"field 'preset': {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc
+
+
+def _check_fit(
+    recipe: GeneratorRecipe, config: GeneratorConfig, tokenizer: Tokenizer, classes: Classes
+) -> None:
+    field = "init" if recipe.init is not None else "generator"
+    for what, found, wanted in (
+        ("latents", config.latent_shape, tokenizer.config.latent_shape),
+        ("classes", config.num_classes, classes.count),
+    ):
+        if found != wanted:
+            raise RecipeError(f"field {field!r}: made for {what} {found}, and here are {wanted}")
+
+
+def _trained_on(
+    recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Classes, config: GeneratorConfig
+) -> TrainedOn:
+    return TrainedOn(
+        tokenizer_name=tokenizer.config.name,
+        tokenizer_sha256=tokenizer.checkpoint.sha256 if tokenizer.checkpoint else None,
+        latent=recipe.latent,
+        class_names=classes.names,
+        time_law=recipe.time_law,
+        shift=recipe.shift or default_shift(config.latent_shape),
+    )
