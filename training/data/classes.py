@@ -1,5 +1,6 @@
 """Classes of a listing: labels from the source, or from the folders that images lie in; and their names."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from training.data.sources import Sample, expand_path
 from training.errors import DataError
 
 NAMES_FILE = "classes.txt"
+_NUMBER = re.compile(r"^\d+\s+")  # of the class, before its name
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,6 @@ def _read_names(paths: Sequence[Path]) -> tuple[str, ...]:
     for path in map(expand_path, paths):
         file = (path if path.is_dir() else path.parent) / NAMES_FILE
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return tuple(line.strip() for line in lines if line.strip())
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return tuple(_NUMBER.sub("", line) for line in lines)
     return ()

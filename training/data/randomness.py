@@ -69,7 +69,7 @@ class StepRandomness:
         return self._in_blocks(purpose, samples, shape, device, torch.randn)
 
     def uniform_block(self, purpose: Purpose, samples: range, count: int, device: torch.device) -> Tensor:
-        """``count`` uniform numbers in [0, 1) per consecutive sample, [B, count] float32, as `normal_block`."""
+        """``count`` uniform numbers in [0, 1) per sample, [B, count] float32, as `normal_block`."""
         return self._in_blocks(purpose, samples, (count,), device, torch.rand)
 
     def _in_blocks(

@@ -98,13 +98,16 @@ def checkpoint_activations(module: nn.Module) -> None:
     setattr(module, "forward", forward)  # noqa: B010 - a method of this one instance
 
 
-def compile_forward(module: nn.Module) -> None:
-    """Compile a module's forward pass; hooks of FSDP and of recomputation stay outside."""
+def compile_forward(module: nn.Module, dynamic: bool | None = None) -> None:
+    """Compile a module's forward pass; hooks of FSDP and of recomputation stay outside.
+
+    With ``dynamic=False`` every shape has code of its own; by default a second one makes it general.
+    """
     import torch._functorch.config as functorch
 
     # The adversarial term's balance takes gradients of one graph three times, so no buffer may be given away.
     functorch.donated_buffer = False
-    setattr(module, "forward", torch.compile(module.forward))  # noqa: B010
+    setattr(module, "forward", torch.compile(module.forward, dynamic=dynamic))  # noqa: B010
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -60,6 +60,7 @@ from training.recipes.generator import GeneratorRecipe
 logger = logging.getLogger(__name__)
 
 MAX_TIME = 0.999  # of the law of times before the shift, as RAE's
+SAMPLING_BATCH_SIZE = 64
 GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -253,14 +254,14 @@ class GenerationTask(Task[Batch | LatentBatch]):
     def _sample_rows(self, generator: Generator, num_classes: int) -> list[Tensor]:
         """One row of pictures [samples, 3, S, S] per class, from noise that is the same every time."""
         recipe, columns = self.recipe, self.recipe.samples_per_class
-        rows = []
-        for label in range(num_classes):
-            indices = range(label * columns, (label + 1) * columns)
-            noise = sample_noise(recipe.seed, indices, generator.config.latent_shape).to(self.device)
-            labels = torch.full((columns,), label, device=self.device)
+        shape = generator.config.latent_shape
+        pictures = []
+        for indices in torch.arange(num_classes * columns).split(SAMPLING_BATCH_SIZE):
+            noise = sample_noise(recipe.seed, indices.tolist(), shape).to(self.device)
+            labels = (indices // columns).to(self.device)
             latents = sample_ode(generator, noise, labels, recipe.sample_points, self.shift, final_step=True)
-            rows.append(self.tokenizer.decode(generator.denormalize_latents(latents)))
-        return rows
+            pictures.append(self.tokenizer.decode(generator.denormalize_latents(latents)))
+        return list(torch.cat(pictures).split(columns))
 
     def _averaged(self) -> Generator:
         """A generator with the averaged weights, whole on every rank."""
@@ -299,9 +300,10 @@ class GenerationTask(Task[Batch | LatentBatch]):
     def _prepare_modules(self) -> None:
         """Recomputation, compilation and sharding, as the recipe has it; parameters keep their names."""
         recipe = self.recipe
+        if recipe.compile:
+            for part in (*self.network.blocks, self.network.final_layer):
+                compile_forward(part, dynamic=False)  # trunk and head differ in width, batches never
         for block in self.network.blocks:
-            if recipe.compile:
-                compile_forward(block)
             if recipe.activation_checkpointing:
                 checkpoint_activations(block)
         if recipe.distributed.strategy == "fsdp" and is_launched():
