@@ -271,9 +271,9 @@ def test_compiled_phase_equals_the_plain_one(
     """By a backend that traces forward and backward but generates no code, which would take a minute."""
     compiled = []
 
-    def traced(forward: Callable[..., Any]) -> Any:
+    def traced(forward: Callable[..., Any], **options: Any) -> Any:
         compiled.append(forward)
-        return compile_with(forward, backend="aot_eager")
+        return compile_with(forward, backend="aot_eager", **options)
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", traced)

@@ -6,6 +6,7 @@ import pytest
 
 from training.errors import DataError, RecipeError
 from training.recipes.epochs import resolve_epochs
+from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import DistillationRecipe, PhaseRecipe, load_recipe
 from training.studies.sweep import SweepRecipe
 
@@ -57,7 +58,8 @@ def test_what_cannot_be_counted(
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_are_valid(file: Path) -> None:
     kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe}
-    kind = kinds.get(file.stem.split("-")[-1], PhaseRecipe)
+    kind = GeneratorRecipe if file.stem.startswith("dit-") else PhaseRecipe
+    kind = kinds.get(file.stem.split("-")[-1], kind)
     assert load_recipe(kind, file, []).name == file.stem
 
 
