@@ -27,9 +27,8 @@ from training.data.batches import (
 )
 from training.data.classes import find_classes
 from training.data.held_latents import HeldLatents, hold_latents, shuffled_numbers
-from training.data.passes import spread_samples
 from training.data.randomness import Purpose, StepRandomness
-from training.data.sources import list_samples
+from training.data.sources import list_samples, spread_samples
 from training.distributed.modules import (
     Replicas,
     checkpoint_activations,

@@ -14,14 +14,14 @@ import yaml
 from model.generator import Generator
 from model.tokenizer import Tokenizer
 from tests.training.conftest import encode_png, make_image, write_shard
-from training.classes import find_classes
-from training.encoded import hold_latents, shuffled_numbers
+from training.data.classes import find_classes
+from training.data.held_latents import hold_latents, shuffled_numbers
 from training.errors import DataError, RecipeError
-from training.generation import GenerationTask, draw_times
-from training.generator_recipe import GeneratorRecipe
-from training.recipe import load_recipe
+from training.phases.generation import GenerationTask, draw_times
+from training.recipes.generator import GeneratorRecipe
+from training.recipes.recipe import load_recipe
 from training.run import run_phase
-from training.sources import list_samples
+from training.data.sources import list_samples
 
 NAMES = ("ant", "bee", "cat")
 
@@ -203,7 +203,7 @@ def test_held_batches_are_the_images_and_their_mirror_images(recipe_file: Path, 
 
 
 def test_numbers_of_a_batch_are_those_of_its_position() -> None:
-    from training.distributed import Ranks
+    from training.distributed.ranks import Ranks
 
     def take(start: int, ranks: Ranks, count: int = 3) -> list[list[int]]:
         stream = shuffled_numbers(5, 4, seed=1, start_batch=start, ranks=ranks)
