@@ -11,7 +11,7 @@ from model.errors import CheckpointError, LatentError, SamplingError
 from model.generator import Generator, TrainedOn
 from model.networks.dit import TABLES
 from model.tokenizer import Tokenizer
-from tests.model.test_dit import SMALL, inputs, randomized
+from tests.model.networks.test_dit import SMALL, inputs, randomized
 
 TRAINED_ON = TrainedOn(
     tokenizer_name="small",

@@ -19,7 +19,7 @@ from model.sampling import (
     sample_sde,
     sde_grid,
 )
-from tests.model.test_dit import SMALL, randomized
+from tests.model.networks.test_dit import SMALL, randomized
 
 RAE_SHIFT = math.sqrt(768 * 16 * 16 / 4096)
 

@@ -267,7 +267,7 @@ def share_of_batch(batch_size: int, ranks: Ranks) -> range:
     return range(ranks.rank * size, (ranks.rank + 1) * size)
 
 
-def share_of_micro_batch(batch_size: int, num_micro_batches: int, number: int, ranks: Ranks) -> range:
+def share_of_step(batch_size: int, num_micro_batches: int, number: int, ranks: Ranks) -> range:
     """Which samples of a step's global batch this rank's share of micro-batch ``number`` holds."""
     size = batch_size // num_micro_batches
     share = share_of_batch(size, ranks)

@@ -22,7 +22,7 @@ from training.data.batches import (
     Batch,
     center_crop,
     list_training_images,
-    share_of_micro_batch,
+    share_of_step,
     training_batches,
 )
 from training.data.classes import find_classes
@@ -228,7 +228,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
 
     def _samples(self, micro_batch: int) -> range:
         recipe = self.recipe
-        return share_of_micro_batch(recipe.batch_size, recipe.accumulation_steps, micro_batch, self.ranks)
+        return share_of_step(recipe.batch_size, recipe.accumulation_steps, micro_batch, self.ranks)
 
     def _validation_loss(self, generator: Generator) -> float:
         """Times are spread evenly over the law; ranks share the images out."""

@@ -19,13 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.tokenizer import Tokenizer
-from training.data.batches import (
-    Batch,
-    list_training_images,
-    random_crop,
-    share_of_micro_batch,
-    training_batches,
-)
+from training.data.batches import Batch, list_training_images, random_crop, share_of_step, training_batches
 from training.data.cache import KINDS, StateCache, cache_spec
 from training.data.cache_build import open_or_build_cache, tokens_from_states
 from training.data.randomness import Purpose, StepRandomness
@@ -313,7 +307,7 @@ class ReconstructionTask(Task[Batch]):
     def _samples(self, micro_batch: int) -> range:
         """Which samples of the step's global batch this rank's share of a micro-batch holds."""
         recipe = self.recipe
-        return share_of_micro_batch(recipe.batch_size, recipe.accumulation_steps, micro_batch, self.ranks)
+        return share_of_step(recipe.batch_size, recipe.accumulation_steps, micro_batch, self.ranks)
 
     def _noise(self, samples: range, randomness: StepRandomness) -> Tensor | None:
         """``sigma n`` with ``sigma ~ U(0, tau)`` per sample (RAE), [B, N, C]."""

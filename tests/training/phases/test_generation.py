@@ -16,12 +16,12 @@ from model.tokenizer import Tokenizer
 from tests.training.conftest import encode_png, make_image, write_shard
 from training.data.classes import find_classes
 from training.data.held_latents import hold_latents, shuffled_numbers
+from training.data.sources import list_samples
 from training.errors import DataError, RecipeError
 from training.phases.generation import GenerationTask, draw_times
 from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import load_recipe
 from training.run import run_phase
-from training.data.sources import list_samples
 
 NAMES = ("ant", "bee", "cat")
 
