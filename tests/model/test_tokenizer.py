@@ -304,7 +304,7 @@ def test_folds_from_weights_in_full_precision(monkeypatch):
         folded.append(weights.up[0].dtype)
         return fold_experts(weights, spec)
 
-    fold_experts = model.fusion.fold_experts
+    fold_experts = model.networks.fusion.fold_experts
     monkeypatch.setattr(model.networks.fusion, "fold_experts", fold)
     tokenizer = Tokenizer.load("mini", dtype=torch.bfloat16)
     assert (tokenizer.fusion_path, tokenizer.dtype) == ("folded", torch.bfloat16)
