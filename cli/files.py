@@ -175,10 +175,10 @@ def check_new_folder(path: Path) -> None:
         raise CommandError(f"{path}: cannot be written: Permission denied")
 
 
-def batches(items: Sequence[T], batch_size: int, title: str) -> Iterator[Sequence[T]]:
+def batches(items: Sequence[T], batch_size: int, title: str, unit: str = "photo") -> Iterator[Sequence[T]]:
     """Items in batches, with a progress bar where a person watches and there is more than one."""
     hidden = not sys.stderr.isatty() or len(items) < 2
-    with tqdm(total=len(items), desc=title, unit="photo", file=sys.stderr, disable=hidden) as bar:
+    with tqdm(total=len(items), desc=title, unit=unit, file=sys.stderr, disable=hidden) as bar:
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
             yield batch

@@ -9,6 +9,7 @@ from cli.commands import (
     encode,
     evaluate,
     export,
+    generate,
     import_,
     info,
     pull,
@@ -18,7 +19,21 @@ from cli.commands import (
     train,
 )
 
-COMMANDS = (serve, reconstruct, encode, decode, info, pull, import_, export, evaluate, analyze, stats, train)
+COMMANDS = (
+    serve,
+    reconstruct,
+    encode,
+    decode,
+    generate,
+    info,
+    pull,
+    import_,
+    export,
+    evaluate,
+    analyze,
+    stats,
+    train,
+)
 DESCRIPTION = "Turn images into DRoRAE latents and back: as files, as an HTTP service, or train the model."
 EPILOG = """\
 first steps:

@@ -269,6 +269,19 @@ class Generator(NormalizesLatents):
                 f"{tokenizer.config.name!r} (sha256 {(found or 'none')[:12]})"
             )
 
+    def check_guide(self, guide: "Generator") -> None:
+        """Whether a guide was trained on the latents of the same tokenizer.
+
+        Raises:
+            LatentError: it was not.
+        """
+        wanted, found = self.trained_on.tokenizer_sha256, guide.trained_on.tokenizer_sha256
+        if wanted is not None and found is not None and wanted != found:
+            raise LatentError(
+                f"the guide {guide.config.name!r} was trained on the latents of another tokenizer (sha256 "
+                f"{found[:12]}) than {self.config.name!r} (sha256 {wanted[:12]})"
+            )
+
     def _fill(self, parts: Parts, path: Path) -> None:
         shapes = self.shapes()
         for part, tensors in sorted(parts.items()):  # statistics last: they go to the weights' device
