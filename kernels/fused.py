@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import fused_kernels
+from kernels import device_code
 from kernels.dispatch import KERNEL_DTYPES, shape_obstacle
 from kernels.launches import FusedProblem, logit_columns, padded_basis_rows, plan_launches
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
@@ -185,7 +185,7 @@ def _fuse_layers(
     basis = (packed.basis, packed.basis_sum, packed.basis_energy, packed.constants)
 
     def launch(name: str, *arguments: Any) -> None:
-        getattr(fused_kernels, name)[plan[name].grid](*arguments, **plan[name].arguments())
+        getattr(device_code, name)[plan[name].grid](*arguments, **plan[name].arguments())
 
     with _on(state.device):
         launch(

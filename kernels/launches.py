@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from kernels import fused_kernels
+from kernels import device_code
 
 ROUTE_ROWS = 64
 FINISH_ROWS = 4
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` at import): slowly, anywhere."""
-    return not isinstance(fused_kernels.measure, triton.JITFunction)
+    return not isinstance(device_code.measure, triton.JITFunction)
 
 
 def column_block(width: int, limit: int) -> int:

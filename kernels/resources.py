@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import fused_kernels
+from kernels import device_code
 from kernels.dispatch import shape_obstacle
 from kernels.launches import FusedProblem, Launch, is_interpreted, padded_basis_rows, plan_launches
 
@@ -57,7 +57,7 @@ def compile_kernels(problem: FusedProblem, capability: int) -> list[Resources]:
 
 
 def _compile(name: str, launch: Launch, problem: FusedProblem, capability: int) -> Resources:
-    source = _source(getattr(fused_kernels, name), launch.constants, problem)
+    source = _source(getattr(device_code, name), launch.constants, problem)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])

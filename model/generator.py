@@ -12,12 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.checkpoints import resolve_checkpoint
-from model.config import FrozenConfig
-from model.errors import CheckpointError, LatentError, SamplingError
-from model.networks.dit import GENERATOR_PRESETS, TABLES, DiT, GeneratorConfig
-from model.normalization import NormalizesLatents
-from model.parts import (
+from model.checkpoints.directory import (
     CONFIG_FILE,
     FORMAT_VERSION,
     FileRecord,
@@ -29,6 +24,11 @@ from model.parts import (
     save_parts,
     write_directory,
 )
+from model.checkpoints.tokenizers import resolve_checkpoint
+from model.config import FrozenConfig
+from model.errors import CheckpointError, LatentError, SamplingError
+from model.networks.dit import GENERATOR_PRESETS, TABLES, DiT, GeneratorConfig
+from model.networks.normalization import NormalizesLatents
 from model.spelling import suggest
 from model.tokenizer import LatentKind, Tokenizer
 

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
 from kernels.reference import token_norm
-from model.checkpoints import CheckpointInfo, open_checkpoint, resolve_checkpoint, write_checkpoint
+from model.checkpoints.directory import Parts, Shapes, check_shapes, read_parts
+from model.checkpoints.tokenizers import CheckpointInfo, open_checkpoint, resolve_checkpoint, write_checkpoint
 from model.config import TokenizerConfig
 from model.errors import CheckpointError, FusionError, LatentError
 from model.images.tensors import FLOATS, Images, checked_images, is_dense, to_unit
 from model.networks.decoder import Decoder
 from model.networks.encoder import Encoder
 from model.networks.fusion import Fusion
-from model.normalization import NormalizesLatents
-from model.parts import Parts, Shapes, check_shapes, read_parts
+from model.networks.normalization import NormalizesLatents
 
 logger = logging.getLogger(__name__)
 

@@ -1,91 +1,271 @@
-"""The layers of the code: imports go one way, and files stay small."""
+"""The architecture: who may import whom, and the habits of every file. One test lists all violations at once.
+
+A room is a folder of a package, or a file beside its folders. In a table a name may import whatever stands
+right of it on its own line; a name that no line has is a violation too.
+"""
 
 import ast
+from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAX_FILE_LINES = 400
-HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "prometheus_client", "httpx"}
-# Which of this project's packages each one may import, itself included.
-ALLOWED = {
-    "kernels": {"kernels"},
-    "model": {"model", "kernels"},
-    "service": {"service", "model", "kernels"},
-    "training": {"training", "model", "kernels"},
-    "cli": {"cli", "service", "training", "model", "kernels"},
-    "benchmarks": {"benchmarks", "service", "training", "model", "kernels"},
-    "deploy": {"deploy"},
+MAX_FILE_LINES = 399
+MAX_FOLDER_ENTRIES = 14
+
+PACKAGES = """
+cli -> service, training -> model -> kernels
+benchmarks -> service, training -> model -> kernels
+deploy
+"""
+ROOMS = {
+    "kernels": """
+        resources, fused -> launches -> device_code
+        fused, folded -> reference -> operands
+        resources, fused -> dispatch
+    """,
+    "model": """
+        interop, sampling -> generator -> tokenizer -> checkpoints, networks, images -> config, errors
+        generator -> spelling
+        cuda_graphs, process
+    """,
+    "service": """
+        __main__ -> server -> app -> api -> codecs -> codecs/json, photos -> telemetry -> settings, errors
+        app, server, api -> http -> telemetry
+        app, server, api -> engine -> telemetry
+        http, engine -> settings, errors
+        __main__ -> startup
+    """,
+    "training": """
+        run -> studies, planning -> phases -> evaluation -> data, losses
+        run, studies, planning, phases, evaluation, data, losses -> distributed, recipes, output -> errors
+    """,
+    "cli": """
+        main -> parser -> commands -> hub, photos -> files, options -> errors
+    """,
+    "benchmarks": """
+        serving -> faults -> fuzz -> probes -> harness
+        fusion, tokenizer, training -> cases -> harness
+    """,
+    "deploy": """
+        check_config, checks
+    """,
 }
-# Who may speak HTTP: the service, its command line, and what measures or deploys it.
-SPEAK_HTTP = ("service/", "cli/", "benchmarks/", "deploy/")
-SOURCES = [file for package in ALLOWED for file in sorted((ROOT / package).rglob("*.py"))]
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# Files of these rooms do not import one another.
+SEPARATE = {"cli/commands"}
+# Which packages and rooms may import a library that says something of its user.
+LIBRARIES = {
+    "fastapi starlette": "service/app service/server service/api service/http service/codecs benchmarks",
+    "uvicorn": "service/server service/http benchmarks",
+    "httptools": "service/http",
+    "httpx": "benchmarks",
+    "opentelemetry": "service/telemetry",
+    "prometheus_client": "service/telemetry service/api benchmarks",
+    "huggingface_hub httpx2": "cli/hub",
+    "triton": "kernels benchmarks",
+    "matplotlib": "training/output training/studies benchmarks",
+}
+# Violations that are being removed. An entry that is none any more fails the test, so the list only shrinks.
+PENDING = {
+    "import circle: training/studies/analysis.py, training/studies/analysis_figures.py, "
+    "training/studies/analysis_summary.py",
+    "service/codecs/json/files.py: codecs/json may not import codecs",
+    "service/codecs/json/numbers.py: codecs/json may not import codecs",
+    "service/codecs/responses.py: codecs may not import engine",
+    "service/engine/worker.py: engine may not import http",
+    "service/photos/link.py: photos may not import codecs",
+    "service/photos/pool.py: photos may not import codecs",
+    "service/photos/room.py: photos may not import codecs",
+    "training/data/cache_build.py: data may not import phases",
+    "training/data: cache, cache_build differ by a suffix",
+    "training/evaluation/evaluate.py: evaluation may not import phases",
+    "training/evaluation/latent_statistics.py: evaluation may not import phases",
+    "training/recipes/epochs.py: recipes may not import data",
+    "training/recipes: 16 entries",
+    "training/studies: analysis, analysis_figures differ by a suffix",
+    "training/studies: analysis, analysis_summary differ by a suffix",
+    "training/studies: sweep, sweep_report differ by a suffix",
+}
 
 
-def name(file: Path) -> str:
-    return str(file.relative_to(ROOT))
+def test_the_sources_keep_to_the_architecture():
+    found = set(violations(ROOT))
+    new, gone = sorted(found - PENDING), sorted(PENDING - found)
+    assert not new, "\n".join(["violations:", *new])
+    assert not gone, "\n".join(["no violations any more, so take them out of PENDING:", *gone])
 
 
-def imported_packages(tree: ast.AST) -> set[str]:
-    """First component of every import, those inside functions included."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            found.add(str(node.module).split(".")[0])
-    return found
+@pytest.mark.parametrize(
+    ("files", "violation"),
+    [
+        ({"model/tokenizer.py": "import service.app"}, "model/tokenizer.py: model may not import service"),
+        ({"service/engine/engine.py": "def f(): from service.api import x"}, "engine may not import api"),
+        ({"model/config.py": "from model import errors"}, "model/config.py: config may not import errors"),
+        ({"model/new.py": ""}, "model: no line of ROOMS has new"),
+        ({"cli/hub/a.py": "import cli.hub.b", "cli/hub/b.py": "import cli.hub.a"}, "import circle"),
+        ({"cli/commands/a.py": "import cli.commands.b", "cli/commands/b.py": ""}, "keep apart"),
+        ({"service/engine/engine.py": "import fastapi.routing"}, "service/engine may not import fastapi"),
+        ({"model/config.py": "from . import errors"}, "model/config.py:1: relative import"),
+        ({"model/config.py": "from os import *"}, "model/config.py:1: star import"),
+        ({"model/config.py": "try: ...\nexcept: ..."}, "model/config.py:2: bare except"),
+        ({"model/config.py": "import sys\nsys.path.append('')"}, "model/config.py:2: sys.path"),
+        ({"tests/test_x.py": "import sys\nsys.path.append('')"}, "tests/test_x.py:2: sys.path"),
+        ({"model/config.py": "\n" * 400}, "model/config.py: 400 lines"),
+        ({f"cli/hub/{letter}.py": "" for letter in "abcdefghijklmno"}, "cli/hub: 15 entries"),
+        ({"cli/hub/a.py": "", "cli/hub/a_report.py": ""}, "cli/hub: a, a_report"),
+        ({"tests/cli/nowhere/test_x.py": ""}, "tests/cli/nowhere: mirrors no folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_rule_sees_its_violation(tmp_path, files, violation):
+    for package in ROOMS:
+        (tmp_path / package).mkdir()
+    (tmp_path / "tests").mkdir()
+    for name, text in {"model/errors.py": "", "service/app.py": "", "service/api/x.py": "", **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert any(violation in found for found in violations(tmp_path))
+
+
+def violations(root: Path) -> Iterator[str]:
+    """All violations below a folder that has the packages, each as one line."""
+    trees = {str(file.relative_to(root)): parse(file) for top in ROOMS for file in (root / top).rglob("*.py")}
+    tests = {str(file.relative_to(root)): parse(file) for file in (root / "tests").rglob("*.py")}
+    imports = {name: set(imported(tree)) for name, tree in trees.items()}
+    graph = {
+        name: {file for target in names if (file := file_of(target, trees))}
+        for name, names in imports.items()
+    }
+    yield from wrong_edges(graph)
+    yield from unplaced_rooms(trees)
+    yield from circles(graph)
+    yield from wrong_libraries(imports)
+    for name, tree in trees.items():
+        yield from bad_habits(name, tree)
+        num_lines = len((root / name).read_text(encoding="utf-8").splitlines())
+        if num_lines > MAX_FILE_LINES:
+            yield f"{name}: {num_lines} lines"
+    for name, tree in tests.items():
+        yield from (line for line in bad_habits(name, tree) if "sys.path" in line)
+    for folder in {Path(name).parent for name in trees}:
+        yield from crowded(root, folder)
+    for folder in {Path(name).parent.relative_to("tests") for name in tests}:
+        if not (root / folder).is_dir():
+            yield f"tests/{folder}: mirrors no folder of the sources"
 
 
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
 
-def test_every_package_is_looked_at():
-    assert {file.relative_to(ROOT).parts[0] for file in SOURCES} == set(ALLOWED)
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of all that is imported, inside functions too; of ``from a import b`` it is ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module or ''}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=name)
-def test_imports_go_one_way(file):
-    package = file.relative_to(ROOT).parts[0]
-    wrong = imported_packages(parse(file)) & set(ALLOWED) - ALLOWED[package]
-    assert not wrong, f"{package} may not import {sorted(wrong)}"
+def file_of(target: str, trees: dict[str, ast.Module]) -> str:
+    """The file that an import reads: a module, a package, or where the name is defined; "" for others'."""
+    path = target.replace(".", "/")
+    parent = path.rpartition("/")[0]
+    candidates = (f"{path}.py", f"{path}/__init__.py", f"{parent}.py", f"{parent}/__init__.py")
+    return next((candidate for candidate in candidates if candidate in trees), "")
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=name)
-def test_the_model_and_its_training_know_nothing_of_http(file):
-    if name(file).startswith(SPEAK_HTTP):
-        return
-    wrong = imported_packages(parse(file)) & HTTP_LIBRARIES
-    assert not wrong, f"imports {sorted(wrong)}"
+def room_of(name: str) -> str:
+    """Of a file: ``api`` of ``service/api/routes.py``, ``app`` of ``service/app.py``."""
+    path = Path(name).relative_to(Path(name).parts[0])
+    return str(path.with_suffix("")) if len(path.parts) == 1 else str(path.parent)
 
 
-@pytest.mark.parametrize("file", [*SOURCES, *TESTS], ids=name)
-def test_no_search_path_edits(file):
-    edits = [
-        node.lineno
-        for node in ast.walk(parse(file))
-        if isinstance(node, ast.Attribute)
-        and node.attr == "path"
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "sys"
+def package_of(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def allowed(table: str) -> dict[str, set[str]]:
+    """A table as edges: each name with those that it may import."""
+    edges: dict[str, set[str]] = {}
+    for line in table.strip().splitlines():
+        groups = [[name.strip() for name in group.split(",")] for group in line.split("->")]
+        for index, group in enumerate(groups):
+            for name in group:
+                edges.setdefault(name, set()).update(*groups[index + 1 :])
+    return edges
+
+
+def wrong_edges(graph: dict[str, set[str]]) -> Iterator[str]:
+    packages, rooms = allowed(PACKAGES), {package: allowed(table) for package, table in ROOMS.items()}
+    for name, targets in graph.items():
+        package, room = package_of(name), room_of(name)
+        for target in targets - {name}:
+            other, other_room = package_of(target), room_of(target)
+            if package != other:
+                if other not in packages[package]:
+                    yield f"{name}: {package} may not import {other}"
+            elif room != other_room and other_room not in {*rooms[package].get(room, ()), "__init__"}:
+                yield f"{name}: {room} may not import {other_room}"
+            elif room == other_room and f"{package}/{room}" in SEPARATE:
+                yield f"{name}: files of {package}/{room} keep apart, and this imports {target}"
+
+
+def unplaced_rooms(trees: dict[str, ast.Module]) -> Iterator[str]:
+    for package, table in ROOMS.items():
+        there = {room_of(name) for name in trees if package_of(name) == package} - {"__init__"}
+        yield from (f"{package}: no line of ROOMS has {room}" for room in sorted(there - set(allowed(table))))
+
+
+def circles(graph: dict[str, set[str]]) -> Iterator[str]:
+    reached = {name: reachable(name, graph) for name in graph}
+    found = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
+    yield from (f"import circle: {', '.join(sorted(circle))}" for circle in found if circle)
+
+
+def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """Files that importing one brings along; the file itself only where a circle leads back to it."""
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = graph[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
+
+
+def wrong_libraries(imports: dict[str, set[str]]) -> Iterator[str]:
+    homes = {library: places.split() for names, places in LIBRARIES.items() for library in names.split()}
+    for name, targets in imports.items():
+        room = f"{package_of(name)}/{room_of(name)}"
+        for library in {target.partition(".")[0] for target in targets} & set(homes):
+            if not any(f"{room}/".startswith(f"{home}/") for home in homes[library]):
+                yield f"{name}: {room} may not import {library}"
+
+
+def bad_habits(name: str, tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(level=level) if level:
+                yield f"{name}:{node.lineno}: relative import"
+            case ast.ImportFrom(names=[ast.alias(name="*")]):
+                yield f"{name}:{node.lineno}: star import"
+            case ast.ExceptHandler(type=None):
+                yield f"{name}:{node.lineno}: bare except"
+            case ast.Attribute(value=ast.Name(id="sys"), attr="path"):
+                yield f"{name}:{node.lineno}: sys.path"
+
+
+def crowded(root: Path, folder: Path) -> Iterator[str]:
+    """More in a folder than a glance takes in, or names that differ by a suffix alone."""
+    entries = [
+        entry for entry in (root / folder).iterdir() if not entry.name.startswith((".", "__pycache__"))
     ]
-    assert not edits, f"sys.path in line {edits}"
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=name)
-def test_no_star_imports_and_no_bare_except(file):
-    for node in ast.walk(parse(file)):
-        if isinstance(node, ast.ImportFrom):
-            assert all(alias.name != "*" for alias in node.names), f"line {node.lineno}"
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"bare except in line {node.lineno}"
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=name)
-def test_source_files_stay_small(file):
-    num_lines = len(file.read_text(encoding="utf-8").splitlines())
-    assert num_lines < MAX_FILE_LINES, f"{num_lines} lines"
+    if len(entries) > MAX_FOLDER_ENTRIES:
+        yield f"{folder}: {len(entries)} entries"
+    modules = {entry.stem for entry in entries if entry.suffix == ".py" or entry.is_dir()}
+    for short, long in permutations(sorted(modules), 2):
+        if long.startswith(short):
+            yield f"{folder}: {short}, {long} differ by a suffix"

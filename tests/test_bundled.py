@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoints import BUNDLED_DIRECTORY
+from model.checkpoints.tokenizers import BUNDLED_DIRECTORY
 from model.config import PRESETS
 from model.images.similarity import psnr, ssim
 from model.tokenizer import Tokenizer

@@ -25,7 +25,8 @@ from benchmarks.harness.timing import Call
 from kernels.dispatch import FusionSetting, choose_path, detect_platform
 from model.config import TokenizerConfig
 from model.cuda_graphs import CapturedBuckets
-from model.interop.state_dicts import decoder_state_from_diffusers, encoder_state_from_transformers
+from model.interop.rae_decoder_weights import decoder_state_from_diffusers
+from model.interop.transformers_weights import encoder_state_from_transformers
 from model.networks.fusion import Fusion
 from model.tokenizer import LatentKind, Tokenizer
 

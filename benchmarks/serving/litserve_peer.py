@@ -7,8 +7,7 @@ import torch
 from fastapi import Response
 from torch import Tensor
 
-from benchmarks.serving.peers import Body, ImageCode
-from benchmarks.serving.simulated import MAX_BATCH, SimulatedDevice
+from benchmarks.serving.simulated import MAX_BATCH, Body, ImageCode, SimulatedDevice
 from model.config import TokenizerConfig
 
 

@@ -10,45 +10,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import torch
 import uvicorn
-from fastapi import Depends, FastAPI, Request, Response
-from torch import Tensor
+from fastapi import FastAPI, Response
 
-from benchmarks.serving.simulated import SimulatedDevice, add_device_flag
+from benchmarks.serving.simulated import Body, ImageCode, SimulatedDevice, add_device_flag
 from model.config import TokenizerConfig
 from model.tokenizer import Tokenizer
-from service.codecs.images import read_image
-from service.codecs.tensors import write_raw
-from service.photos.decode import ImageRules
 from service.settings import Settings
-
-RAW_MEDIA_TYPE = "tensor/binary"
-
-
-class ImageCode:
-    """What every peer does around the device: our own code for images, the same limits, the same bytes."""
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        limits = Settings()
-        self.rules = ImageRules(config.image_size, limits.max_image_pixels, limits.max_aspect_ratio)
-
-    def read(self, data: bytes) -> Tensor:
-        """An image file to the device's input."""
-        return read_image(data, self.rules)
-
-    def write(self, latent: Tensor) -> Response:
-        """One latent [C, h, w] to an answer."""
-        return Response(write_raw(latent.to(torch.float16)), media_type=RAW_MEDIA_TYPE)
-
-
-async def _body(request: Request) -> bytes:
-    return await request.body()
-
-
-Body = Annotated[bytes, Depends(_body)]
 
 
 def serve_naively(kind: str, config: TokenizerConfig, device: SimulatedDevice) -> None:

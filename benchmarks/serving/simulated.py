@@ -15,19 +15,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from fastapi import Depends, Request, Response
 from torch import Tensor
 
 from model.config import TokenizerConfig
 from model.images.tensors import Images
 from model.tokenizer import LatentKind, Tokenizer
+from service.codecs.images import read_image
+from service.codecs.tensors import write_raw
+from service.photos.decode import ImageRules
 from service.server import run
 from service.settings import Settings
 
 DEFAULT_BATCH_MS = 5.0
 MAX_BATCH = 32
+RAW_MEDIA_TYPE = "tensor/binary"
 
 
 class SimulatedDevice:
@@ -73,6 +78,29 @@ class SimulatedDevice:
             yield
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+
+class ImageCode:
+    """What every peer does around the device: our own code for images, the same limits, the same bytes."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        limits = Settings()
+        self.rules = ImageRules(config.image_size, limits.max_image_pixels, limits.max_aspect_ratio)
+
+    def read(self, data: bytes) -> Tensor:
+        """An image file to the device's input."""
+        return read_image(data, self.rules)
+
+    def write(self, latent: Tensor) -> Response:
+        """One latent [C, h, w] to an answer."""
+        return Response(write_raw(latent.to(torch.float16)), media_type=RAW_MEDIA_TYPE)
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+Body = Annotated[bytes, Depends(_body)]
 
 
 class SimulatedTokenizer(Tokenizer):

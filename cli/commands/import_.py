@@ -11,7 +11,7 @@ from cli.options import Subparsers, add_command
 from model.interop.assembly import Imported
 from model.interop.from_diffusers import import_autoencoder
 from model.interop.from_rae import RaeSources, import_rae
-from model.interop.state_dicts import RAE_DECODERS
+from model.interop.rae_decoder_weights import RAE_DECODERS
 
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\

@@ -6,7 +6,7 @@ from typing import Any
 
 from cli.errors import EXIT_OK, UsageError
 from cli.options import Subparsers, add_command, add_settings, read_settings
-from model.checkpoints import CheckpointInfo
+from model.checkpoints.tokenizers import CheckpointInfo
 from model.tokenizer import Tokenizer
 
 EXAMPLES = """\

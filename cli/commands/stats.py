@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_photos(arguments.data)
     settings = read_settings(arguments)
     try:
-        from model.checkpoints import resolve_checkpoint
+        from model.checkpoints.tokenizers import resolve_checkpoint
         from training.evaluation.latent_statistics import StatisticsOptions, statistics_command
     except ModuleNotFoundError as exc:
         raise CommandError(f"stats needs the package {exc.name!r}: pip install 'drorae[training]'") from exc

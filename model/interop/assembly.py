@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from model.checkpoints.directory import Parts
 from model.config import TokenizerConfig
 from model.errors import CheckpointError, ModelError
 from model.interop.diffusers_config import LatentStatistics
 from model.interop.foreign_files import ForeignTensors, read_tensors, record_files
-from model.parts import Parts
 from model.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"

@@ -29,7 +29,7 @@ FUSION_STEM = "fusion"  # .json and .safetensors: what an export keeps beside th
 FUSION_FORMAT = "drorae-fusion"
 DIFFUSERS_VERSION = "0.42.1"  # whose fields and defaults these are
 DIFFUSERS_EPS = 1e-5
-VARIANCE_EPS = 1e-5  # `model.normalization.STATISTICS_EPS`, RAE's
+VARIANCE_EPS = 1e-5  # `model.networks.normalization.STATISTICS_EPS`, RAE's
 # AutoencoderRAE lays its decoder's positions over 16 units whatever the grid, MAE and RAE one unit a patch.
 POSITION_SPAN = 16
 _HEAD_WIDTH = 64

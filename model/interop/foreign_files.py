@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.documents import read_json_object
+from model.checkpoints.directory import file_sha256
+from model.checkpoints.json_files import read_json_object
 from model.errors import CheckpointError
 from model.interop.wrapping import unwrap
-from model.parts import file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoints import FORMAT
+from model.checkpoints.directory import Parts
+from model.checkpoints.tokenizers import FORMAT
 from model.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -42,12 +43,8 @@ from model.interop.diffusers_config import (
     statistics_from_diffusers,
 )
 from model.interop.foreign_files import ForeignTensors, read_folder, read_json, read_tensors
-from model.interop.state_dicts import (
-    decoder_grid,
-    decoder_state_from_diffusers,
-    encoder_state_from_transformers,
-)
-from model.parts import Parts
+from model.interop.rae_decoder_weights import decoder_grid, decoder_state_from_diffusers
+from model.interop.transformers_weights import encoder_state_from_transformers
 
 _BUFFERS = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 _Sections = dict[str, dict[str, Tensor]]

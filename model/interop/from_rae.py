@@ -22,15 +22,17 @@ from model.interop.assembly import (
     read_statistics,
 )
 from model.interop.foreign_files import ForeignTensors, read_folder, read_json, read_tensors
-from model.interop.state_dicts import (
+from model.interop.rae_decoder_weights import (
     decoder_config_from_state,
     decoder_grid,
     decoder_latent_width,
     decoder_state_from_diffusers,
+)
+from model.interop.transformers_config import (
     encoder_config_from_transformers,
-    encoder_state_from_transformers,
     pixel_statistics_from_transformers,
 )
+from model.interop.transformers_weights import encoder_state_from_transformers
 from model.networks.decoder import Decoder
 
 PREPROCESSOR_FILE = "preprocessor_config.json"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.checkpoints.directory import staged_directory
 from model.config import TokenizerConfig
 from model.interop import drorae_fusion
 from model.interop.diffusers_config import (
@@ -27,12 +28,8 @@ from model.interop.diffusers_config import (
     filler_tensors,
     statistics_to_diffusers,
 )
-from model.interop.state_dicts import (
-    TransformersRelease,
-    decoder_state_to_diffusers,
-    encoder_state_to_transformers,
-)
-from model.parts import staged_directory
+from model.interop.rae_decoder_weights import decoder_state_to_diffusers
+from model.interop.transformers_weights import TransformersRelease, encoder_state_to_transformers
 from model.tokenizer import Tokenizer
 
 README_FILE = "README.md"

@@ -24,7 +24,7 @@ def decoder_file(tmp_path) -> Path:
         fusion=None,
         decoder=DecoderConfig(width=32, depth=1, num_heads=2, mlp_width=16),
     )
-    from model.interop.state_dicts import decoder_state_to_diffusers
+    from model.interop.rae_decoder_weights import decoder_state_to_diffusers
 
     decoder = Tokenizer(config).decoder
     state = decoder_state_to_diffusers(decoder.state_dict(), config.decoder)

@@ -17,12 +17,11 @@ from model.config import (
     FusionConfig,
     TokenizerConfig,
 )
-from model.interop.state_dicts import (
+from model.interop.transformers_config import (
     encoder_config_from_transformers,
-    encoder_state_from_transformers,
-    encoder_state_to_transformers,
     pixel_statistics_from_transformers,
 )
+from model.interop.transformers_weights import encoder_state_from_transformers, encoder_state_to_transformers
 from model.networks.encoder import Encoder
 from model.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoints import BUNDLED_DIRECTORY, resolve_checkpoint, write_with_statistics
+from model.checkpoints.tokenizers import BUNDLED_DIRECTORY, resolve_checkpoint, write_with_statistics
 from model.tokenizer import Tokenizer
 from training.data.batches import Batch
 from training.data.pass_shards import ShardStore, listing_digest

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from model.checkpoints import resolve_checkpoint
+from model.checkpoints.tokenizers import resolve_checkpoint
 from model.config import PRESETS, TokenizerConfig
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer

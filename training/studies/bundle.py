@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoints import BUNDLED_DIRECTORY
+from model.checkpoints.tokenizers import BUNDLED_DIRECTORY
 from model.tokenizer import LatentKind, Tokenizer
 from training.data.batches import evaluation_batches
 from training.data.pass_shards import ShardStore

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from model.checkpoints import open_checkpoint, resolve_checkpoint
+from model.checkpoints.tokenizers import open_checkpoint, resolve_checkpoint
 from model.config import PRESETS, Depth, EncoderConfig, FusionConfig, Width, fusion_num_parameters
 from model.images.similarity import psnr, ssim
 from model.images.tensors import to_bytes

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from model.config import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, EncoderConfig
 from model.errors import CheckpointError
-from model.interop.state_dicts import (
+from model.interop.transformers_config import (
     encoder_config_from_transformers,
-    encoder_state_from_transformers,
-    encoder_state_to_transformers,
     pixel_statistics_from_transformers,
 )
+from model.interop.transformers_weights import encoder_state_from_transformers, encoder_state_to_transformers
 from model.networks.encoder import Encoder
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

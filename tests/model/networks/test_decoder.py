@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.config import DecoderConfig, EncoderConfig, TokenizerConfig
-from model.interop.state_dicts import decoder_state_from_diffusers, encoder_state_from_transformers
+from model.interop.rae_decoder_weights import decoder_state_from_diffusers
+from model.interop.transformers_weights import encoder_state_from_transformers
 from model.networks.vit import sincos_positions
 from model.tokenizer import Tokenizer
 

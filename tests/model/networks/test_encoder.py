@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.config import EncoderConfig
-from model.interop.state_dicts import encoder_state_from_transformers
+from model.interop.transformers_weights import encoder_state_from_transformers
 from model.networks.encoder import Encoder
 
 TINY = {"width": 48, "depth": 3, "num_heads": 3, "position_grid": 6}

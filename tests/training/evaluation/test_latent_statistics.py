@@ -140,7 +140,7 @@ def test_refusals(checkpoint: Path, tmp_path: Path, photos: Path) -> None:
     (broken / "a.png").write_bytes(b"text")
     with pytest.raises(DataError, match="none of the 1 images"):
         statistics_command(StatisticsOptions(str(checkpoint), [broken], checkpoint, device="cpu"))
-    from model.checkpoints import BUNDLED_DIRECTORY
+    from model.checkpoints.tokenizers import BUNDLED_DIRECTORY
 
     mini = BUNDLED_DIRECTORY / "mini"
     with pytest.raises(TrainingError, match="mini is bundled"):

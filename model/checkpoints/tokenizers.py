@@ -1,6 +1,6 @@
 """Checkpoints of tokenizers: finding, opening and writing them.
 
-`model.parts` has the mechanics of the directory.
+`model.checkpoints.directory` has the mechanics of the directory.
 """
 
 import shutil
@@ -14,9 +14,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import PRESETS, FrozenConfig, TokenizerConfig
-from model.errors import CheckpointError
-from model.parts import (
+from model.checkpoints.directory import (
     CONFIG_FILE,
     FORMAT_VERSION,
     FileRecord,
@@ -26,9 +24,11 @@ from model.parts import (
     save_parts,
     write_directory,
 )
+from model.config import PRESETS, FrozenConfig, TokenizerConfig
+from model.errors import CheckpointError
 
 FORMAT = "drorae-tokenizer"
-BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
+BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
 REQUIRED_PARTS = frozenset({"encoder", "decoder"})
 
 PartName = Literal["encoder", "fusion", "decoder", "statistics"]

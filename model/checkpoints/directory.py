@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.checkpoints.json_files import check_regular, nesting, read_json_object
 from model.config import FrozenConfig
-from model.documents import check_regular, nesting, read_json_object
 from model.errors import CheckpointError
 
 FORMAT_VERSION = 1

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import model.parts
+import model.checkpoints.directory
 import model.tokenizer
-from model.checkpoints import CheckpointInfo, open_checkpoint, resolve_checkpoint
+from model.checkpoints.directory import read_parts
+from model.checkpoints.tokenizers import CheckpointInfo, open_checkpoint, resolve_checkpoint
 from model.errors import CheckpointError
-from model.parts import read_parts
 from model.tokenizer import Tokenizer
 
 PROVENANCE = {"phase": "test", "steps": 3}
@@ -46,7 +46,7 @@ def rewrite_part(checkpoint: Path, part: str, tensors: dict[str, torch.Tensor]) 
     """Replaces a part with a file whose size and digest are consistent with ``config.json``."""
     file = checkpoint / f"{part}.safetensors"
     save_file(tensors, file)
-    digest = model.parts.file_sha256(file)
+    digest = model.checkpoints.directory.file_sha256(file)
     edit_config(checkpoint, **{f"files__{part}": {"sha256": digest, "num_bytes": file.stat().st_size}})
 
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
     function, call, tokenizer, checkpoint, monkeypatch
 ):
     old_sha256 = Tokenizer.load(checkpoint).checkpoint.sha256
-    original, calls = getattr(model.parts, function), []
+    original, calls = getattr(model.checkpoints.directory, function), []
 
     def fill_the_disk(*args):
         calls.append(args)
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
             args[1].write_bytes(b"half a fi")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(model.parts, function, fill_the_disk)
+    monkeypatch.setattr(model.checkpoints.directory, function, fill_the_disk)
     with torch.no_grad():
         tokenizer.decoder.class_token += 1
     with pytest.raises(OSError, match="No space left"):
@@ -131,7 +131,7 @@ def test_a_failed_swap_puts_the_old_checkpoint_back(tokenizer, checkpoint, monke
             raise PermissionError(errno.EACCES, "refused")
         rename(source, target)
 
-    monkeypatch.setattr(model.parts.os, "rename", refuse_the_new_one)
+    monkeypatch.setattr(model.checkpoints.directory.os, "rename", refuse_the_new_one)
     with pytest.raises(PermissionError):
         tokenizer.save(checkpoint)
     assert os.listdir(checkpoint.parent) == [checkpoint.name]
@@ -142,7 +142,7 @@ def test_an_interrupt_leaves_nothing_behind(tokenizer, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.parts, "save_file", interrupt)
+    monkeypatch.setattr(model.checkpoints.directory, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.save(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
@@ -218,7 +218,7 @@ def test_flipped_bit_is_found(checkpoint, position):
 def test_header_that_lies_consistently_is_named(checkpoint):
     file = checkpoint / "fusion.safetensors"
     file.write_bytes(b"not a safetensors file at all")
-    digest = model.parts.file_sha256(file)
+    digest = model.checkpoints.directory.file_sha256(file)
     edit_config(checkpoint, files__fusion={"sha256": digest, "num_bytes": file.stat().st_size})
     assert refused(checkpoint).startswith(f"{file}: not a readable safetensors file")
 
@@ -318,7 +318,7 @@ def test_config_that_is_no_object(checkpoint, raw):
 
 
 def test_oversized_config_is_not_read(checkpoint, monkeypatch):
-    monkeypatch.setattr(model.parts, "MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr(model.checkpoints.directory, "MAX_CONFIG_BYTES", 10)
     assert "over 10 bytes" in refused(checkpoint)
 
 
@@ -350,7 +350,7 @@ def test_sparse_files_are_refused_before_they_are_read(checkpoint):
 
 
 def test_headers_larger_than_any_of_ours_are_not_parsed(checkpoint, monkeypatch):
-    monkeypatch.setattr(model.parts, "MAX_HEADER_BYTES", 2**10)
+    monkeypatch.setattr(model.checkpoints.directory, "MAX_HEADER_BYTES", 2**10)
     assert "not a readable safetensors file: a header of" in refused(checkpoint)
 
 
@@ -379,7 +379,7 @@ def test_architectures_of_other_sizes_are_refused_before_anything_is_allocated(
     def fail(*_, **__):
         raise AssertionError("allocated")
 
-    monkeypatch.setattr(model.parts, "load_file", fail)
+    monkeypatch.setattr(model.checkpoints.directory, "load_file", fail)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor.is_meta or fail())
     monkeypatch.setattr(model.tokenizer.Decoder, "constants", refuse_to_compute(fail))
     fields = json.loads((checkpoint / "config.json").read_text())

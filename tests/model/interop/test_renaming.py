@@ -7,7 +7,8 @@ import torch
 
 from model.config import EncoderConfig
 from model.errors import CheckpointError
-from model.interop.state_dicts import decoder_state_from_diffusers, encoder_state_from_transformers
+from model.interop.rae_decoder_weights import decoder_state_from_diffusers
+from model.interop.transformers_weights import encoder_state_from_transformers
 from model.networks.decoder import Decoder
 from model.networks.encoder import Encoder
 

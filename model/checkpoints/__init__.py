@@ -1,0 +1,1 @@
+"""Checkpoint directories on disk."""
