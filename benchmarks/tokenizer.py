@@ -44,7 +44,7 @@ Time whole encodes and decodes side by side, on random weights and images alread
   encode_folded        enriched, the fusion folded, in plain PyTorch
   encode_triton        enriched, the fusion folded, in Triton kernels
   encode_base_compiled, encode_compiled   base and enriched, all of it under torch.compile
-  encode_base_graph, encode_graph         base and enriched, replayed from a CUDA graph (model.capture)
+  encode_base_graph, encode_graph         base and enriched, replayed from a CUDA graph (model.cuda_graphs)
   diffusers_encode     diffusers' AutoencoderRAE with the same weights, which has no fusion
   decode, diffusers_decode
 

@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_nothing(function, randomize, tmp_path, monkeypatch):
     def fill_the_disk(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(model.exporting, function, fill_the_disk)
+    monkeypatch.setattr(model.interop.to_diffusers, function, fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         export_diffusers(make_tokenizer(randomize, beta=0.2), tmp_path / "out")
     assert os.listdir(tmp_path) == []
