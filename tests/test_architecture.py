@@ -43,7 +43,7 @@ ROOMS = {
         run, studies, planning, phases, evaluation, data, losses -> distributed, recipes, output -> errors
     """,
     "cli": """
-        main -> parser -> commands -> hub, photos -> files, options -> errors
+        main -> parser -> commands -> hub, photos, remote, samples -> files, options -> errors
     """,
     "benchmarks": """
         serving -> faults -> fuzz -> probes -> harness
@@ -60,7 +60,7 @@ LIBRARIES = {
     "fastapi starlette": "service/app service/server service/api service/http service/codecs benchmarks",
     "uvicorn": "service/server service/http benchmarks",
     "httptools": "service/http",
-    "httpx": "benchmarks",
+    "httpx": "cli/remote benchmarks",
     "opentelemetry": "service/telemetry",
     "prometheus_client": "service/telemetry service/api benchmarks",
     "huggingface_hub httpx2": "cli/hub",
