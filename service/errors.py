@@ -35,6 +35,9 @@ the decoders, which are processes of their own, raise these errors too.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from model.errors import ImageError as ModelImageError
+from model.errors import LatentError, ModelError
+
 
 class StartError(Exception):
     """The settings ask for what cannot be had: one sentence, without a full stop, for stderr."""
@@ -196,6 +199,13 @@ class VersionError(ServiceError):
     """The request's version of HTTP is not spoken here."""
 
     status, slug, title = 505, "http-version", "HTTP version not supported"
+
+
+def from_model(error: ModelError) -> ServiceError:
+    """The service's error for one of the model package's, with the same sentence."""
+    kinds = {LatentError: LatentsError, ModelImageError: ImageError}
+    kind = next((ours for theirs, ours in kinds.items() if isinstance(error, theirs)), UnprocessableError)
+    return kind(str(error))
 
 
 def describe_validation(error: Mapping[str, Any], kind: Literal["option", "field"]) -> str:

@@ -1,6 +1,7 @@
 """Pictures as tensors, and the two scales that pixels have: bytes of 0 to 255, and numbers in [0, 1]."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,18 @@ def _clamped(images: Tensor) -> Tensor:
 def to_bytes(pixels: Tensor) -> Tensor:
     """[..., 3, H, W] in [0, 1] to uint8, rounded."""
     return pixels.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def collate(inputs: Sequence[Tensor]) -> Tensor:
+    """Items to a batch; where only some images are bytes, all become floats in [0, 1]."""
+    if len({tensor.dtype for tensor in inputs}) > 1:
+        inputs = [to_unit(tensor) for tensor in inputs]
+    if all(tensor.is_contiguous() for tensor in inputs):
+        return torch.stack(list(inputs))
+    # Pictures as decoded are interleaved, and copied so: planes are made of them where the model runs.
+    return torch.stack([tensor.movedim(0, -1) for tensor in inputs]).movedim(-1, 1)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` for ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from service.engine.engine import Engine
-from service.engine.queue import Operation
+from service.engine.operations import OPERATIONS, Operation
 from service.errors import QueueFullError
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -42,7 +42,7 @@ class Admission:
         self._settings = settings
         self._engine = engine
         self._metrics = metrics
-        self._items = dict.fromkeys(Operation, 0)
+        self._items = dict.fromkeys(OPERATIONS, 0)
         self._bytes = 0
         self.num_requests = 0
         metrics.pending_items.set_function(lambda: sum(self._items.values()))

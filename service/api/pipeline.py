@@ -5,7 +5,6 @@ written in a pool of threads; the model runs in the engine's own.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,14 @@ from model.process import num_cpus
 from model.tokenizer import Tokenizer
 from service.api.admission import Admission, Reservation
 from service.codecs.bodies import BodyLimits, check_declared, media_type_of, read_body
-from service.codecs.requests import ImagePart, Payload
+from service.codecs.requests import Payload
 from service.codecs.responses import writing_bytes
 from service.engine.devices import share_cpus
 from service.engine.engine import Engine, EngineState
-from service.engine.queue import BatchKey, Job, Operation
+from service.engine.operations import BatchKey, Operation
+from service.engine.queue import Job
 from service.errors import DeadlineError, DisconnectError, UnavailableError
-from service.photos.decode import ImageRules
+from service.photos.decode import ImagePart, ImageRules
 from service.photos.pool import Decoders
 from service.photos.room import PixelLimits
 from service.settings import Settings
@@ -227,14 +227,15 @@ class Call:
                 device has begun are taken back.
         """
         engine = self._pipeline.engine
-        result_bytes = len(inputs) * _result_bytes(engine.tokenizer, key.operation)
+        operation = key.operation
+        result_bytes = len(inputs) * operation.result_bytes(engine.tokenizer)
         input_bytes = sum(tensor.nbytes for tensor in inputs)
-        kept_bytes = 0 if key.operation is Operation.ENCODE else input_bytes
+        kept_bytes = 0 if operation.gives == "latents" else input_bytes
         self._place.hold_bytes(
             result_bytes
             + max(
                 input_bytes + result_bytes,  # the batches that results came in
-                kept_bytes + writing_bytes(key.operation, media_type, result_bytes),
+                kept_bytes + writing_bytes(operation.gives, media_type, result_bytes),
             )
         )
         job = Job(key, inputs, self._context.deadline_s)
@@ -285,11 +286,3 @@ class Call:
         self.abandoned = True
         if task is not None:
             task.cancel()
-
-
-def _result_bytes(tokenizer: Tokenizer, operation: Operation) -> int:
-    """Of one item, float32."""
-    config = tokenizer.config
-    side = config.image_size
-    shape = config.latent_shape if operation is Operation.ENCODE else (3, side, side)
-    return math.prod(shape) * torch.float32.itemsize

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from torch import Tensor
 
+from model.images.tensors import dtype_name
 from model.tokenizer import Tokenizer
 from service.api import openapi
 from service.api.options import OptionsRoute
@@ -35,8 +36,7 @@ from service.codecs.schemas import (
     PictureOutOptions,
     ReconstructOptions,
 )
-from service.engine.engine import dtype_name
-from service.engine.queue import BatchKey, Operation
+from service.engine.operations import DECODE, ENCODE, RECONSTRUCT, BatchKey
 from service.errors import OptionError
 from service.photos.decode import ImageRules
 from service.telemetry.metrics import METRICS_MEDIA_TYPE
@@ -64,9 +64,9 @@ async def encode(request: Request, options: Annotated[EncodeOptions, Query()]) -
     latent_dtype(options)
     media_type = choose(options.format, request.headers.get("accept"), LATENT_MEDIA_TYPES)
     num_items = declared_items(options, pipeline.settings.max_items_per_request)
-    async with pipeline.admit(request, Operation.ENCODE, num_items) as call:
+    async with pipeline.admit(request, ENCODE, num_items) as call:
         images = await _read_images(call, options, tokenizer)
-        key = BatchKey(Operation.ENCODE, options.latent, options.normalize)
+        key = BatchKey(ENCODE, options.latent, options.normalize)
         latents = await call.compute(key, images, media_type)
         del images  # no pixel is needed while the answer is written
         write = partial(latents_answer, latents, media_type, options, Origin.of(tokenizer))
@@ -87,7 +87,7 @@ async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -
     media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
     max_items = pipeline.settings.max_items_per_request
     num_items = declared_items(options, max_items)
-    async with pipeline.admit(request, Operation.DECODE, num_items) as call:
+    async with pipeline.admit(request, DECODE, num_items) as call:
         payload = await call.read()
         kind = latent_body_kind(payload, options)
         max_numbers = max_items * math.prod(tokenizer.config.latent_shape)
@@ -97,7 +97,7 @@ async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -
         call.expect(len(batch.latents))
         if batch.normalized:
             _check_statistics(tokenizer)
-        key = BatchKey(Operation.DECODE, normalize=batch.normalized)
+        key = BatchKey(DECODE, normalize=batch.normalized)
         pictures = await call.compute(key, batch.latents.unbind(), media_type)
         origin = Origin.of(tokenizer)
         return await call.answer(partial(pictures_answer, pictures, media_type, options, origin))
@@ -116,9 +116,9 @@ async def reconstruct(request: Request, options: Annotated[ReconstructOptions, Q
     _check_picture_size(options, tokenizer)
     media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
     num_items = declared_items(options, pipeline.settings.max_items_per_request)
-    async with pipeline.admit(request, Operation.RECONSTRUCT, num_items) as call:
+    async with pipeline.admit(request, RECONSTRUCT, num_items) as call:
         images = await _read_images(call, options, tokenizer)
-        pictures = await call.compute(BatchKey(Operation.RECONSTRUCT, options.latent), images, media_type)
+        pictures = await call.compute(BatchKey(RECONSTRUCT, options.latent), images, media_type)
         origin = Origin.of(tokenizer)
         return await call.answer(partial(pictures_answer, pictures, media_type, options, origin, images))
 

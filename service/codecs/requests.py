@@ -6,7 +6,6 @@ Shape legend: N items, C h w one latent, S image side.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from service.errors import (
     OptionError,
     TooLargeError,
 )
-from service.photos.decode import ImageRules
+from service.photos.decode import ImagePart, ImageRules
 
 ImageOptions = EncodeOptions | ReconstructOptions
 
@@ -63,13 +62,6 @@ class Payload:
     data: bytes
     media_type: str
     boundary: bytes | None = None
-
-
-class ImagePart(NamedTuple):
-    """An image file of a body, and how errors call it."""
-
-    name: str
-    data: bytes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fastapi import Response
 from torch import Tensor
 
 from model.images.similarity import psnr, ssim
-from model.images.tensors import to_bytes, to_unit
+from model.images.tensors import dtype_name, to_bytes, to_unit
 from model.tokenizer import Tokenizer
 from service.codecs import tensors
 from service.codecs.images import PictureFormat, write_picture
@@ -31,8 +31,6 @@ from service.codecs.schemas import (
     PicturesOut,
     ReconstructionsOut,
 )
-from service.engine.engine import dtype_name
-from service.engine.queue import Operation
 from service.errors import OptionError
 
 _PICTURE_FORMATS: Mapping[str, PictureFormat] = {PNG: "png", JPEG: "jpeg", WEBP: "webp"}
@@ -101,13 +99,18 @@ def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, ori
     return _tensor_answer("latents", narrowed, media_type, metadata)
 
 
-def writing_bytes(operation: Operation, media_type: str, result_bytes: int) -> int:
-    """Most memory that writing an answer takes, its own bytes included, for float32 results of so many bytes.
+def writing_bytes(kind: str, media_type: str, result_bytes: int) -> int:
+    """Most memory that writing an answer takes, the answer included.
 
-    Latents as text have up to 22 characters a number; other formats hold the results once more in another
+    Latents as text have up to 22 characters per number. Other formats hold the results once more in another
     type, and then as bytes.
+
+    Args:
+        kind: ``latents`` or ``pictures``.
+        media_type: of the answer.
+        result_bytes: size of the results as float32.
     """
-    as_text = operation is Operation.ENCODE and media_type == JSON
+    as_text = kind == "latents" and media_type == JSON
     return (6 if as_text else 2) * result_bytes
 
 

@@ -14,13 +14,16 @@ from weakref import WeakSet
 import torch
 
 from model.errors import ModelError
+from model.images.tensors import dtype_name
 from model.tokenizer import Tokenizer
+from service.engine.cpu import CpuRunner
+from service.engine.cuda import CudaRunner
 from service.engine.devices import load_tokenizer, resident_bytes, share_cpus, visible_devices
-from service.engine.launching import Runner
-from service.engine.queue import BatchKey, FairQueue, Job, Operation
+from service.engine.operations import RECONSTRUCT, BatchKey
+from service.engine.queue import FairQueue, Job
 from service.engine.rates import Rates
-from service.engine.runner import CudaRunner, HostRunner
-from service.engine.warming import SLACK, sample_inputs
+from service.engine.runners import Runner
+from service.engine.warming import SLACK
 from service.engine.watchdog import Watchdog, Watched
 from service.engine.worker import Worker
 from service.errors import UnavailableError
@@ -178,7 +181,7 @@ class Engine:
         """
         job.fail(error)
         taken_back = self._queue.remove(job)
-        self._metrics.items.labels(job.key.operation, outcome).inc(taken_back)
+        self._metrics.items.labels(job.key.operation.name, outcome).inc(taken_back)
 
     def start_draining(self) -> None:
         """Be unready; admitted jobs are still taken."""
@@ -258,7 +261,7 @@ class Engine:
                 continue
             shares = share_cpus(settings)
             runners += [
-                HostRunner(
+                CpuRunner(
                     tokenizer, settings.buckets, f"cpu:{index}", shares.num_threads, settings.hang_timeout_s
                 )
                 for index in range(shares.num_workers)
@@ -310,8 +313,7 @@ class Engine:
             logger.warning("a batch of %d is %s: it may take %.3g s", self.batch_size, advice, needed_s)
 
     def _probe(self, runner: Runner) -> None:
-        key = BatchKey(Operation.RECONSTRUCT)
-        runner.launch(key, sample_inputs(self.tokenizer, key, 1)).wait()
+        runner.launch(BatchKey(RECONSTRUCT), [RECONSTRUCT.sample(self.tokenizer)]).wait()
 
     def _watch_memory(self, name: str) -> None:
         gauge = self._metrics.device_memory_bytes
@@ -373,8 +375,3 @@ class Engine:
             self._on_failure()
         else:
             logger.error("%s", reason)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float16`` for ``torch.float16``."""
-    return str(dtype).removeprefix("torch.")

@@ -10,40 +10,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from model.tokenizer import LatentKind
-
-
-class Operation(StrEnum):
-    """What the model does with an item."""
-
-    ENCODE = "encode"
-    DECODE = "decode"
-    RECONSTRUCT = "reconstruct"
-
-
-@dataclass(frozen=True)
-class BatchKey:
-    """Items with equal keys can go through the model together.
-
-    Attributes:
-        operation: what is done.
-        latent: which latent is made (encode, reconstruct).
-        normalize: whether latents are, or come, normalised per position.
-    """
-
-    operation: Operation
-    latent: LatentKind = "enriched"
-    normalize: bool = False
+from service.engine.operations import OPERATIONS, BatchKey, Operation
 
 
 @dataclass
 class JobTimes:
-    """When a job's last item was where (`time.monotonic`, seconds); 0 until then."""
+    """Times of a job's last item on the clock of `time.monotonic`, seconds. 0 means not reached."""
 
     enqueued_s: float = field(default_factory=time.monotonic)
     taken_s: float = 0.0
@@ -133,8 +109,8 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[Operation, dict[Ticket, None]] = {operation: {} for operation in Operation}
-        self._used_s = dict.fromkeys(Operation, 0.0)
+        self._lanes: dict[Operation, dict[Ticket, None]] = {operation: {} for operation in OPERATIONS}
+        self._used_s = dict.fromkeys(OPERATIONS, 0.0)
         self._served_s = 0.0
         self._changed = threading.Condition()
         self._closed = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from service.engine.queue import Operation
+from service.engine.operations import Operation
 
 _SMOOTHING = 0.1  # weight of the newest batch: some ten batches are remembered
 

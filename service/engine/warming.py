@@ -1,15 +1,12 @@
-"""Warming: inputs to try a runner with, how long its batches take, and which sizes are fast enough."""
+"""Warming: how long a runner's batches take, and which sizes are fast enough."""
 
 import math
 import time
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from model.tokenizer import Tokenizer
-from service.engine.launching import Runner
-from service.engine.queue import BatchKey, Operation
+from service.engine.operations import OPERATIONS, RECONSTRUCT, BatchKey, Operation
+from service.engine.runners import Runner
 
 SLACK = 2.0
 """A batch may take so many times as long as when it was measured before it counts as hung."""
@@ -17,37 +14,17 @@ _NUM_SAMPLES = 3
 _MEASURE_S = 2.0
 
 
-def keys_of(tokenizer: Tokenizer) -> list[BatchKey]:
-    """Every kind of batch that a tokenizer can run."""
-    normalizations = (False, True) if tokenizer.has_statistics else (False,)
-    return [
-        *(BatchKey(Operation.ENCODE, normalize=normalize) for normalize in normalizations),
-        BatchKey(Operation.ENCODE, "base"),
-        *(BatchKey(Operation.DECODE, normalize=normalize) for normalize in normalizations),
-        BatchKey(Operation.RECONSTRUCT),
-        BatchKey(Operation.RECONSTRUCT, "base"),
-    ]
-
-
-def sample_inputs(tokenizer: Tokenizer, key: BatchKey, num_items: int) -> list[Tensor]:
-    """Inputs that the model takes without complaint: grey images, or latents of zeros."""
-    if key.operation is Operation.DECODE:
-        return [torch.zeros(tokenizer.config.latent_shape)] * num_items
-    side = tokenizer.config.image_size
-    return [torch.full((3, side, side), 128, dtype=torch.uint8)] * num_items
-
-
 def measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
     """Seconds that one batch of the largest bucket takes, by operation."""
     return {
         operation: _best_s(runner, tokenizer, BatchKey(operation), runner.buckets[-1], _MEASURE_S)
-        for operation in Operation
+        for operation in OPERATIONS
     }
 
 
 def fast_buckets(runner: Runner, tokenizer: Tokenizer, limit_s: float) -> tuple[int, ...]:
     """Run the buckets, ascending: those of which a batch leaves enough of ``limit_s``, and the smallest."""
-    key = BatchKey(Operation.RECONSTRUCT)  # encodes and decodes: nothing takes longer
+    key = BatchKey(RECONSTRUCT)  # encodes and decodes: nothing takes longer
     kept: list[int] = []
     for bucket in runner.buckets:
         batch_s = _best_s(runner, tokenizer, key, bucket, SLACK * limit_s, enough_s=limit_s / SLACK)
@@ -75,7 +52,7 @@ def _best_s(
         budget_s: no further sample is begun after it.
         enough_s: nor once one was as good as this.
     """
-    inputs = sample_inputs(tokenizer, key, num_items)
+    inputs = [key.operation.sample(tokenizer)] * num_items
     began_s, best_s = time.monotonic(), math.inf
     for _ in range(_NUM_SAMPLES):
         best_s = min(best_s, runner.launch(key, inputs).wait().device_s)

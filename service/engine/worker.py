@@ -14,11 +14,18 @@ import torch
 
 from model.cuda_graphs import bucket_for
 from model.errors import ModelError
-from service.engine.launching import Launched, Outcome, Runner
-from service.engine.queue import BatchKey, FairQueue, Operation, Ticket
+from service.engine.operations import BatchKey, Operation
+from service.engine.queue import FairQueue, Ticket
 from service.engine.rates import Rates
-from service.errors import DeadlineError, DeviceMemoryError, InternalError, LatentsError, ServiceError
-from service.http.problems import translate
+from service.engine.runners import Launched, Outcome, Runner
+from service.errors import (
+    DeadlineError,
+    DeviceMemoryError,
+    InternalError,
+    LatentsError,
+    ServiceError,
+    from_model,
+)
 from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -123,7 +130,7 @@ class Worker(threading.Thread):
         operation = job.key.operation
         now_s = time.monotonic()
         job.times.taken_s = now_s
-        self._metrics.queue_seconds.labels(operation).observe(now_s - job.times.enqueued_s)
+        self._metrics.queue_seconds.labels(operation.name).observe(now_s - job.times.enqueued_s)
         if job.settled:
             self._count(operation, "cancelled")
             return False
@@ -223,7 +230,7 @@ class Worker(threading.Thread):
                 ticket, DeviceMemoryError("The device has no memory left for this.", {"Retry-After": "1"})
             )
         elif isinstance(error, ModelError):
-            self._fail(ticket, translate(error))
+            self._fail(ticket, from_model(error))
         else:
             logger.error("the model failed on an item", exc_info=error)
             self._check_runner()
@@ -265,11 +272,11 @@ class Worker(threading.Thread):
         operation, metrics = key.operation, self._metrics
         self._queue.charge(operation, outcome.device_s)
         bucket = bucket_for(num_items, self._runner.buckets)
-        metrics.batch_wait_seconds.labels(operation).observe(max(0.0, outcome.started_s - taken_s))
-        metrics.device_seconds.labels(operation).observe(outcome.device_s)
+        metrics.batch_wait_seconds.labels(operation.name).observe(max(0.0, outcome.started_s - taken_s))
+        metrics.device_seconds.labels(operation.name).observe(outcome.device_s)
         metrics.device_busy_seconds.labels(self._runner.name).inc(outcome.device_s)
-        metrics.batch_items.labels(operation).observe(num_items)
-        metrics.batch_padding_items.labels(operation).observe(bucket - num_items)
+        metrics.batch_items.labels(operation.name).observe(num_items)
+        metrics.batch_padding_items.labels(operation.name).observe(bucket - num_items)
 
     def _fail(self, ticket: Ticket, error: ServiceError) -> None:
         if len(ticket.job) > 1:
@@ -278,7 +285,7 @@ class Worker(threading.Thread):
         ticket.job.fail(error)
 
     def _count(self, operation: Operation, outcome: str, num_items: int = 1) -> None:
-        self._metrics.items.labels(operation, outcome).inc(num_items)
+        self._metrics.items.labels(operation.name, outcome).inc(num_items)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -10,19 +10,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from model.errors import ImageError as ModelImageError
-from model.errors import LatentError, ModelError
+from model.errors import ModelError
 from service.errors import (
-    ImageError,
     InternalError,
-    LatentsError,
     MalformedError,
     MediaTypeError,
     MethodError,
     NotFoundError,
     ServiceError,
     TooLargeError,
-    UnprocessableError,
+    from_model,
 )
 from service.telemetry.context import RequestContext
 from service.telemetry.tracing import random_hex
@@ -47,12 +44,8 @@ def translate(error: Exception, request_id: str = "") -> ServiceError:
         return error
     if isinstance(error, HTTPException):
         return _from_http_exception(error, request_id)
-    if isinstance(error, LatentError):
-        return LatentsError(str(error))
-    if isinstance(error, ModelImageError):
-        return ImageError(str(error))
     if isinstance(error, ModelError):
-        return UnprocessableError(str(error))
+        return from_model(error)
     _log_unexpected("unexpected error", error, request_id)
     return InternalError("The service failed unexpectedly; its log has the details under this request_id.")
 

@@ -7,6 +7,7 @@ any pixel is decoded.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image, ImageFile
 
@@ -19,6 +20,13 @@ from service.errors import ImageError, MalformedError, TooLargeError
 
 UNKNOWN_PIXELS = 2**20
 """Assumed of a file whose header does not tell its size; one that has more is refused."""
+
+
+class ImagePart(NamedTuple):
+    """An image file of a body, and how errors call it."""
+
+    name: str
+    data: bytes
 
 
 @dataclass(frozen=True)

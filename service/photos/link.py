@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from service import errors
-from service.codecs.requests import ImagePart
 from service.errors import InternalError, ServiceError
-from service.photos.decode import ImageRules
+from service.photos.decode import ImagePart, ImageRules
 from service.photos.process import ARENA_BYTES, NUM_SLOTS, PING, REPLY, SLOT_BYTES, request_head
 from service.photos.room import LARGE_PIXELS
 

@@ -17,9 +17,8 @@ from collections.abc import Coroutine, Sequence
 
 from torch import Tensor
 
-from service.codecs.requests import ImagePart
 from service.errors import MalformedError, TooLargeError, UnavailableError
-from service.photos.decode import ImageRules
+from service.photos.decode import ImagePart, ImageRules
 from service.photos.link import DecoderLink, ImageRequest, Job
 from service.photos.process import CPU_SIGNAL
 from service.photos.room import PixelLimits, PixelRoom

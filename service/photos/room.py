@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from model.errors import PictureCostError
 from model.images.costs import measure_picture
-from service.codecs.requests import ImagePart
 from service.errors import QueueFullError, TooLargeError
-from service.photos.decode import UNKNOWN_PIXELS, ImageRules, capital, check_extent
+from service.photos.decode import UNKNOWN_PIXELS, ImagePart, ImageRules, capital, check_extent
 from service.telemetry.metrics import Metrics
 
 LARGE_PIXELS = 16_000_000

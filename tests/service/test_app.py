@@ -16,7 +16,9 @@ import torch
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.engine.queue import BatchKey, Job, Operation
+from service.engine import operations
+from service.engine.operations import BatchKey
+from service.engine.queue import Job
 from service.settings import Settings
 
 Check = Callable[..., dict[str, Any]]
@@ -25,7 +27,7 @@ FAR_S = float("inf")
 
 def occupy(running: Any, num_items: int = 1) -> Job:
     """Give the engine work that no request waits for."""
-    job = Job(BatchKey(Operation.ENCODE), [torch.zeros(3, 64, 64)] * num_items, FAR_S)
+    job = Job(BatchKey(operations.ENCODE), [torch.zeros(3, 64, 64)] * num_items, FAR_S)
     running.engine.submit(job)
     return job
 
@@ -136,7 +138,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(
     serve: Any, gated: Any, png: bytes, check_problem: Check
 ) -> None:
     with serve(create_app(Settings(cpu_workers=1), gated)) as running, ThreadPoolExecutor(1) as pool:
-        running.engine.rates._item_s[Operation.ENCODE] = 100.0
+        running.engine.rates._item_s[operations.ENCODE] = 100.0
         accepted = pool.submit(running.client.post, "/encode", content=png)
         assert gated.entered.acquire(timeout=30)
         response = running.client.post("/encode", content=png)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from service.api.admission import SMALL_BYTES, Admission, Reservation
-from service.engine.queue import Operation
+from service.engine import operations
 from service.engine.rates import Rates
 from service.errors import QueueFullError
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 FAR_S = float("inf")
-ENCODE = Operation.ENCODE
+ENCODE = operations.ENCODE
 
 
 def admission(rates: Rates | None = None, num_workers: int = 1, **settings: Any) -> Admission:
@@ -151,7 +151,7 @@ def test_rates_follow_the_newest_batches() -> None:
     for _ in range(100):
         rates.record(ENCODE, 2, 6.0)
     assert rates.duration_s({ENCODE: 1}, 1) == pytest.approx(3.0, rel=1e-3)
-    assert rates.duration_s({Operation.DECODE: 5}, 1) == 0.0
+    assert rates.duration_s({operations.DECODE: 5}, 1) == 0.0
 
 
 def test_a_deadline_that_the_backlog_outlasts_is_refused() -> None:

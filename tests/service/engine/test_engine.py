@@ -15,9 +15,11 @@ from torch import Tensor
 
 from model.errors import CheckpointError, FusionError, LatentError
 from model.tokenizer import Tokenizer
+from service.engine import operations
 from service.engine.devices import CpuShares, load_tokenizer, share_cpus, visible_devices
 from service.engine.engine import Engine, EngineState
-from service.engine.queue import BatchKey, Job, Operation
+from service.engine.operations import BatchKey
+from service.engine.queue import Job
 from service.errors import (
     DeadlineError,
     DeviceMemoryError,
@@ -30,9 +32,9 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 FAR_S = float("inf")
-ENCODE = BatchKey(Operation.ENCODE)
-DECODE = BatchKey(Operation.DECODE)
-RECONSTRUCT = BatchKey(Operation.RECONSTRUCT)
+ENCODE = BatchKey(operations.ENCODE)
+DECODE = BatchKey(operations.DECODE)
+RECONSTRUCT = BatchKey(operations.RECONSTRUCT)
 TOLERANCE = 1e-5  # of float32, between one batch size and another
 
 
@@ -67,7 +69,7 @@ def sample(engine: Engine, name: str, **labels: str) -> float | None:
 def test_results_are_the_tokenizers(tokenizer: Tokenizer) -> None:
     inputs = images(3)
     with running(tokenizer, batch_size=4) as engine:
-        for key in (ENCODE, BatchKey(Operation.ENCODE, "base"), BatchKey(Operation.ENCODE, normalize=True)):
+        for key in (ENCODE, BatchKey(operations.ENCODE, "base"), BatchKey(operations.ENCODE, normalize=True)):
             expected = tokenizer.encode(torch.stack(inputs), latent=key.latent, normalize=key.normalize)
             torch.testing.assert_close(submit(engine, key, inputs).future.result(30), expected)
         latents = tokenizer.encode(torch.stack(inputs))
@@ -91,13 +93,13 @@ def test_bytes_and_floats_share_a_batch(tokenizer: Tokenizer, gated: Any) -> Non
         assert gated.batch_sizes == [1, 2]
 
 
-@pytest.mark.parametrize("operation", list(Operation))
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
 @pytest.mark.parametrize("num_items", [1, 2, 3, 5, 8])
 def test_a_result_does_not_depend_on_its_batch(
-    tokenizer: Tokenizer, operation: Operation, num_items: int
+    tokenizer: Tokenizer, operation: operations.Operation, num_items: int
 ) -> None:
     inputs = images(num_items)
-    if operation is Operation.DECODE:
+    if operation is operations.DECODE:
         inputs = list(tokenizer.encode(torch.stack(inputs)))
     with running(tokenizer) as engine:
         together = submit(engine, BatchKey(operation), inputs).future.result(30)
@@ -308,8 +310,8 @@ class Slow:
         self._held_up_s = held_up_s
         self.batch_sizes: list[int] = []
         now = SimpleNamespace(monotonic=lambda: self._now_s)
-        for module in ("runner", "warming"):
-            monkeypatch.setattr(f"service.{module}.time", now)
+        for module in ("cpu", "warming"):
+            monkeypatch.setattr(f"service.engine.{module}.time", now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -433,7 +435,7 @@ def test_every_bucket_is_run_before_the_engine_is_ready(tokenizer: Tokenizer) ->
 
     with running(Counting(), batch_size=6) as engine:
         assert set(sizes) == {1, 2, 3, 4, 6}
-        assert all(engine.rates.duration_s({operation: 1}, 1) > 0 for operation in Operation)
+        assert all(engine.rates.duration_s({operation: 1}, 1) > 0 for operation in operations.OPERATIONS)
 
 
 def test_life_from_loading_to_stopped(tokenizer: Tokenizer) -> None:
@@ -616,9 +618,9 @@ def test_a_gpus_results_are_the_tokenizers(num_items: int) -> None:
     tokenizer = load_tokenizer(settings)
     inputs = [image.mul(255).to(torch.uint8) for image in images(num_items, 256)]
     with running(tokenizer, device="cuda:0", batch_size=8) as engine:
-        for key in (ENCODE, RECONSTRUCT, BatchKey(Operation.ENCODE, "base")):
+        for key in (ENCODE, RECONSTRUCT, BatchKey(operations.ENCODE, "base")):
             jobs = [submit(engine, key, inputs) for _ in range(3)]
-            act = tokenizer.encode if key.operation is Operation.ENCODE else tokenizer.reconstruct
+            act = tokenizer.encode if key.operation is operations.ENCODE else tokenizer.reconstruct
             expected = act(torch.stack(inputs), latent=key.latent).float().cpu()
             for job in jobs:
                 torch.testing.assert_close(job.future.result(60), expected, atol=5e-2, rtol=5e-2)

@@ -5,12 +5,14 @@ import threading
 import pytest
 import torch
 
-from service.engine.queue import BatchKey, FairQueue, Job, Operation, Ticket
+from service.engine import operations
+from service.engine.operations import BatchKey
+from service.engine.queue import FairQueue, Job, Ticket
 from service.errors import LatentsError
 
-ENCODE = BatchKey(Operation.ENCODE)
-BASE = BatchKey(Operation.ENCODE, latent="base")
-DECODE = BatchKey(Operation.DECODE)
+ENCODE = BatchKey(operations.ENCODE)
+BASE = BatchKey(operations.ENCODE, latent="base")
+DECODE = BatchKey(operations.DECODE)
 
 
 def job(key: BatchKey, num_items: int = 1) -> Job:
@@ -60,33 +62,33 @@ def test_a_flood_of_one_operation_delays_another_by_one_batch() -> None:
     queue = filled(flood)
     queue.take(8)
     queue.put(rare)
-    queue.charge(Operation.ENCODE, 1.0)
+    queue.charge(operations.ENCODE, 1.0)
     assert jobs_of(queue.take(8)) == [rare]
 
 
 def test_operations_share_the_time_and_not_the_batches() -> None:
     queue = filled(job(ENCODE, 1000), job(DECODE, 1000))
-    cost_s = {Operation.ENCODE: 1.0, Operation.DECODE: 3.0}
+    cost_s = {operations.ENCODE: 1.0, operations.DECODE: 3.0}
     used_s = dict.fromkeys(cost_s, 0.0)
     for _ in range(80):
         operation = queue.take(8)[0].job.key.operation
         queue.charge(operation, cost_s[operation])
         used_s[operation] += cost_s[operation]
-    assert abs(used_s[Operation.ENCODE] - used_s[Operation.DECODE]) <= 3.0
+    assert abs(used_s[operations.ENCODE] - used_s[operations.DECODE]) <= 3.0
 
 
 def test_an_idle_operation_saves_nothing_up() -> None:
     queue = filled(job(ENCODE, 1000))
     for _ in range(50):
         queue.take(8)
-        queue.charge(Operation.ENCODE, 1.0)
+        queue.charge(operations.ENCODE, 1.0)
     queue.put(job(DECODE, 1000))
     served = []
     for _ in range(10):
         operation = queue.take(8)[0].job.key.operation
         queue.charge(operation, 1.0)
         served.append(operation)
-    assert 4 <= served.count(Operation.DECODE) <= 6
+    assert 4 <= served.count(operations.DECODE) <= 6
 
 
 def test_what_is_removed_is_never_taken() -> None:

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine.queue import BatchKey, FairQueue, Job, Operation
+from service.engine import operations
+from service.engine.cuda import CudaRunner
+from service.engine.operations import BatchKey
+from service.engine.queue import FairQueue, Job
 from service.engine.rates import Rates
-from service.engine.runner import CudaRunner
 from service.engine.worker import Worker
 from service.errors import DeviceMemoryError
 from service.telemetry.metrics import Metrics
 
-DECODE = BatchKey(Operation.DECODE)
+DECODE = BatchKey(operations.DECODE)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 

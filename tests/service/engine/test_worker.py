@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine import worker
-from service.engine.launching import Outcome
-from service.engine.queue import BatchKey, FairQueue, Job, Operation
+from service.engine import operations, worker
+from service.engine.operations import OPERATIONS, BatchKey, Operation
+from service.engine.queue import FairQueue, Job
 from service.engine.rates import Rates
+from service.engine.runners import Outcome
 from service.engine.worker import Worker
 from service.telemetry.metrics import Metrics
 
-ENCODE = BatchKey(Operation.ENCODE)
-DECODE = BatchKey(Operation.DECODE)
+ENCODE = BatchKey(operations.ENCODE)
+DECODE = BatchKey(operations.DECODE)
 POISON = 9.0
 ITEM_S, FAILURE_S = 0.01, 2.0
 
@@ -32,7 +33,7 @@ class Clocked:
         self.now_s = 1000.0
 
     def warm(self) -> Mapping[Operation, float]:
-        return dict.fromkeys(Operation, ITEM_S * self.buckets[-1])
+        return dict.fromkeys(OPERATIONS, ITEM_S * self.buckets[-1])
 
     def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> Any:
         started_s = self.now_s
@@ -76,14 +77,14 @@ def test_the_time_of_a_failed_batch_is_no_part_of_the_next_ones(
     runner: Clocked, poisoned: list[float]
 ) -> None:
     rates, _ = work_off(runner, [(ENCODE, [0.0]), (ENCODE, poisoned), (ENCODE, [0.0])])
-    assert rates.duration_s({Operation.ENCODE: 1}, 1) == pytest.approx(ITEM_S)
+    assert rates.duration_s({operations.ENCODE: 1}, 1) == pytest.approx(ITEM_S)
 
 
 def test_the_time_of_a_failed_batch_is_charged_to_its_operation(runner: Clocked) -> None:
     """Those who send what fails do not take the device from the others."""
     _, queue = work_off(runner, [(ENCODE, [POISON]), (DECODE, [0.0])])
-    assert queue._used_s[Operation.ENCODE] == pytest.approx(FAILURE_S)
-    assert queue._used_s[Operation.DECODE] == pytest.approx(ITEM_S)
+    assert queue._used_s[operations.ENCODE] == pytest.approx(FAILURE_S)
+    assert queue._used_s[operations.DECODE] == pytest.approx(ITEM_S)
 
 
 def test_a_batch_costs_at_least_the_devices_time(runner: Clocked) -> None:
@@ -98,4 +99,4 @@ def test_a_batch_costs_at_least_the_devices_time(runner: Clocked) -> None:
 
     runner.launch = launch_after_failure  # type: ignore[method-assign]
     rates, _ = work_off(runner, [(ENCODE, [0.0, 1.0])])
-    assert rates.duration_s({Operation.ENCODE: 1}, 1) == pytest.approx(ITEM_S)
+    assert rates.duration_s({operations.ENCODE: 1}, 1) == pytest.approx(ITEM_S)

@@ -19,10 +19,9 @@ from PIL import Image
 
 from service.app import create_app
 from service.codecs.images import read_image
-from service.codecs.requests import ImagePart
 from service.errors import MalformedError, QueueFullError, ServiceError, TooLargeError, UnavailableError
 from service.photos import pool as module
-from service.photos.decode import ImageRules
+from service.photos.decode import ImagePart, ImageRules
 from service.photos.pool import Decoders
 from service.photos.process import NUM_SLOTS, SLOT_BYTES
 from service.photos.room import LARGE_PIXELS, PixelLimits, PixelRoom

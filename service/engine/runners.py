@@ -1,4 +1,6 @@
-"""What a runner is: it launches batches on a device, and each gives an outcome when it is waited for.
+"""The protocol of runners: a runner launches batches on a device; waiting for a batch gives its outcome.
+
+Each runner is used by one thread.
 
 Shape legend: n items of a batch, S image side, C h w a latent.
 """
@@ -9,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from service.engine.queue import BatchKey, Operation
+from service.engine.operations import BatchKey, Operation
 
 
 @dataclass(frozen=True)

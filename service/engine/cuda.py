@@ -1,109 +1,25 @@
-"""Runners: how a batch gets onto a device, through the model, and back.
+"""The runner of a GPU: pinned buffers, copies beside the computation, captured graphs.
 
-A runner is used by one thread. `Runner.launch` begins a batch and `Launched.wait` ends it; on a GPU the
-next batch can be launched before the last one has ended, so that copies and the host's work overlap with
-the device's.
+A batch is launched before the last one has ended, so that the host's work and the copies overlap with the
+device's work.
 
-Shape legend: B items of a bucket, n items of a batch (the rest is padding), S image side, C h w a latent.
+Shape legend: n items of a batch, S image side, C h w a latent.
 """
 
-import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.cuda_graphs import CapturedBuckets, bucket_for
+from model.cuda_graphs import CapturedBuckets
 from model.images.tensors import to_unit
 from model.tokenizer import Tokenizer, finite_items
-from service.engine.launching import Outcome
-from service.engine.queue import BatchKey, Operation
-from service.engine.warming import fast_buckets, keys_of, measure, sample_inputs
-
-
-def compute(tokenizer: Tokenizer, key: BatchKey, batch: Tensor) -> Tensor:
-    """Run one batch, [B, 3, S, S] or [B, C, h, w]; what comes back is on the tokenizer's device.
-
-    Raises:
-        model.errors.ModelError: the tokenizer refuses the batch.
-    """
-    with torch.inference_mode():
-        match key.operation:
-            case Operation.ENCODE:
-                return tokenizer.encode(batch, latent=key.latent, normalize=key.normalize)
-            case Operation.DECODE:
-                return tokenizer.decode(batch, normalize=key.normalize)
-            case Operation.RECONSTRUCT:
-                return tokenizer.reconstruct(batch, latent=key.latent)
-
-
-class HostRunner:
-    """Runs batches where the thread that calls it runs.
-
-    Args:
-        tokenizer: on the CPU; runners may share one.
-        buckets: sizes that batches are padded to.
-        name: for logs and metrics.
-        num_threads: cores that one batch uses.
-        limit_s: how long a batch may take before it counts as hung, seconds.
-    """
-
-    depth = 1
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        buckets: Sequence[int],
-        name: str,
-        num_threads: int,
-        limit_s: float = math.inf,
-    ) -> None:
-        self.name = name
-        self.buckets = buckets
-        self._tokenizer = tokenizer
-        self._num_threads = num_threads
-        self._limit_s = limit_s
-
-    def warm(self) -> Mapping[Operation, float]:
-        torch.set_num_threads(self._num_threads)  # of this thread: PyTorch keeps the number thread by thread
-        self.buckets = fast_buckets(self, self._tokenizer, self._limit_s)
-        return measure(self, self._tokenizer)
-
-    def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "HostLaunched":
-        started_s = time.monotonic()
-        num_items = len(inputs)
-        padding = bucket_for(num_items, self.buckets) - num_items
-        results = compute(self._tokenizer, key, collate([*inputs, *itertools.repeat(inputs[-1], padding)]))
-        kept = results[:num_items].float().cpu()
-        return HostLaunched(
-            Outcome(kept, finite_items(kept).tolist(), started_s, time.monotonic() - started_s)
-        )
-
-    def free_memory(self) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class HostLaunched:
-    """A batch that has already ended."""
-
-    outcome: Outcome
-
-    def wait(self) -> Outcome:
-        return self.outcome
-
-
-def collate(inputs: Sequence[Tensor]) -> Tensor:
-    """Items to a batch; where only some images are bytes, all become floats in [0, 1]."""
-    if len({tensor.dtype for tensor in inputs}) > 1:
-        inputs = [to_unit(tensor) for tensor in inputs]
-    if all(tensor.is_contiguous() for tensor in inputs):
-        return torch.stack(list(inputs))
-    # Pictures as decoded are interleaved, and copied so: planes are made of them where the model runs.
-    return torch.stack([tensor.movedim(0, -1) for tensor in inputs]).movedim(-1, 1)
+from service.engine.operations import OPERATIONS, BatchKey, Operation
+from service.engine.runners import Outcome
+from service.engine.warming import fast_buckets, measure
 
 
 class CudaRunner:
@@ -136,14 +52,15 @@ class CudaRunner:
 
     def warm(self) -> Mapping[Operation, float]:
         pool = torch.cuda.graph_pool_handle()
+        keys = [key for operation in OPERATIONS for key in operation.keys(self._tokenizer.has_statistics)]
         with torch.cuda.device(self._device), torch.inference_mode(), torch.cuda.stream(self._compute):
-            for key in keys_of(self._tokenizer):
-                self._captured[key] = CapturedBuckets(
-                    self._function(key), self._example(key), self.buckets, pool
-                )
+            for key in keys:
+                example = torch.stack([key.operation.sample(self._tokenizer)] * self.buckets[-1])
+                example = example.to(self._device, self._tokenizer.dtype)
+                self._captured[key] = CapturedBuckets(self._function(key), example, self.buckets, pool)
         self.buckets = fast_buckets(self, self._tokenizer, self._limit_s)
-        for key in keys_of(self._tokenizer):
-            self.launch(key, sample_inputs(self._tokenizer, key, self.buckets[-1])).wait()
+        for key in keys:
+            self.launch(key, [key.operation.sample(self._tokenizer)] * self.buckets[-1]).wait()
         return measure(self, self._tokenizer)
 
     def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
@@ -199,27 +116,8 @@ class CudaRunner:
     def free_memory(self) -> None:
         torch.cuda.empty_cache()
 
-    def _example(self, key: BatchKey) -> Tensor:
-        inputs = sample_inputs(self._tokenizer, key, self.buckets[-1])
-        return torch.stack(inputs).to(self._device, self._tokenizer.dtype)
-
-    def _function(self, key: BatchKey) -> "_Unchecked":
-        return _Unchecked(self._tokenizer, key)
-
-
-@dataclass(frozen=True)
-class _Unchecked:
-    """`compute` without the checks of values, which would wait for the device."""
-
-    tokenizer: Tokenizer
-    key: BatchKey
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        key, tokenizer = self.key, self.tokenizer
-        if key.operation is Operation.DECODE:
-            return tokenizer.pixels(batch, key.normalize)
-        latents = tokenizer.latents(batch, key.latent, key.normalize)
-        return latents if key.operation is Operation.ENCODE else tokenizer.pixels(latents)
+    def _function(self, key: BatchKey) -> Callable[[Tensor], Tensor]:
+        return lambda batch: key.operation.run_unchecked(self._tokenizer, batch, key)
 
 
 class _Slot:

@@ -1,0 +1,96 @@
+"""The operations: what the model does with an item.
+
+A row of this table is all that queue, runners, routes, OpenAPI document and metrics know of an operation.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.tokenizer import LatentKind, Tokenizer
+
+Run = Callable[[Tokenizer, Tensor, "BatchKey"], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation.
+
+    Attributes:
+        name: label in metrics, and the route's path.
+        takes: kind of its items, images [3, S, S] or latents [C, h, w].
+        gives: kind of its results, latents [C, h, w] or pictures [3, S, S].
+        run: computes a batch, and checks the values of its input.
+        run_unchecked: the same without these checks, which would wait for a GPU.
+    """
+
+    name: str
+    takes: Literal["images", "latents"]
+    gives: Literal["latents", "pictures"]
+    run: Run
+    run_unchecked: Run
+
+    def keys(self, has_statistics: bool) -> "list[BatchKey]":
+        """Every kind of batch, with the plain one first, for a tokenizer with or without statistics."""
+        keys = [BatchKey(self)]
+        if has_statistics and "latents" in (self.takes, self.gives):
+            keys.append(BatchKey(self, normalize=True))
+        if self.takes == "images":
+            keys.append(BatchKey(self, "base"))
+        return keys
+
+    def sample(self, tokenizer: Tokenizer) -> Tensor:
+        """An item that the model takes without complaint: a grey image, or a latent of zeros."""
+        if self.takes == "latents":
+            return torch.zeros(tokenizer.config.latent_shape)
+        side = tokenizer.config.image_size
+        return torch.full((3, side, side), 128, dtype=torch.uint8)
+
+    def result_bytes(self, tokenizer: Tokenizer) -> int:
+        """Size of one result, float32."""
+        side = tokenizer.config.image_size
+        shape = tokenizer.config.latent_shape if self.gives == "latents" else (3, side, side)
+        return math.prod(shape) * torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """Items with equal keys can go through the model together.
+
+    Attributes:
+        operation: what is done with them.
+        latent: which latent is made of images.
+        normalize: whether latents, in or out, are normalised per position.
+    """
+
+    operation: Operation
+    latent: LatentKind = "enriched"
+    normalize: bool = False
+
+
+ENCODE = Operation(
+    "encode",
+    takes="images",
+    gives="latents",
+    run=lambda tokenizer, batch, key: tokenizer.encode(batch, latent=key.latent, normalize=key.normalize),
+    run_unchecked=lambda tokenizer, batch, key: tokenizer.latents(batch, key.latent, key.normalize),
+)
+DECODE = Operation(
+    "decode",
+    takes="latents",
+    gives="pictures",
+    run=lambda tokenizer, batch, key: tokenizer.decode(batch, normalize=key.normalize),
+    run_unchecked=lambda tokenizer, batch, key: tokenizer.pixels(batch, key.normalize),
+)
+RECONSTRUCT = Operation(
+    "reconstruct",
+    takes="images",
+    gives="pictures",
+    run=lambda tokenizer, batch, key: tokenizer.reconstruct(batch, latent=key.latent),
+    run_unchecked=lambda tokenizer, batch, key: tokenizer.pixels(tokenizer.latents(batch, key.latent)),
+)
+OPERATIONS = (ENCODE, DECODE, RECONSTRUCT)
