@@ -18,7 +18,10 @@ from model.config import PRESETS
 from tests.training.conftest import TINY, in_float64
 from training.distributed.ranks import process_group
 from training.phases.distillation import DistillationTask
+from training.phases.generation import GenerationTask
 from training.phases.reconstruction import ReconstructionTask
+
+TASKS: tuple[Any, ...] = (ReconstructionTask, DistillationTask, GenerationTask)
 
 
 class CutError(Exception):
@@ -35,7 +38,7 @@ def strike(fault: str, step: int, rank: int) -> None:
 
 
 def run_job(job: dict[str, Any]) -> int:
-    steps = {kind: kind.train_step for kind in (ReconstructionTask, DistillationTask)}
+    steps = {kind: kind.train_step for kind in TASKS}
 
     def faulty(self: Any, step: int, batches: Any) -> dict[str, float]:
         strike(job["fault"], step, self.ranks.rank)

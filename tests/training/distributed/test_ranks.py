@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from model.config import PRESETS
+from model.generator import Generator
 from model.tokenizer import Tokenizer
 from tests.training.conftest import LOG_ERROR, TINY, TINY_FUSION, in_float64, make_image
 from training.data.batches import random_crop, share_of_batch, training_batches
@@ -98,10 +99,34 @@ def write_recipes(folder: Path) -> dict[str, str]:
         "loss": {"perceptual_network": "efficientnet-lite0"},
         "discriminator": {"start_step": 1, "adversarial_start_step": 2},
     }
+    for index in range(10):
+        folder.joinpath("classes", "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        make_image(index).save(folder / "classes" / "ab"[index % 2] / f"{index}.png")
+    sizes_of_generator = {"trunk_width": 16, "trunk_depth": 2, "trunk_heads": 2, "head_width": 24}
+    labelled = str(folder / "classes")
+    generation = {
+        **common,
+        "data": {"train": [labelled], "validation": [labelled], "num_workers": 0},
+        "tokenizer": str(folder / "phase0"),
+        "statistics": "data",
+        "generator": {
+            **sizes_of_generator,
+            "head_depth": 1,
+            "head_heads": 2,
+            "num_classes": 2,
+            "latent_channels": 32,
+            "grid": 4,
+        },
+        "ema_decay": 0.9,
+        "sample_points": 3,
+        "samples_per_class": 1,
+        "latents_dtype": "float32",
+    }
     sizes = {"image_size": 14, "teacher_image_size": 32, "final_image_size": 28}
     distillation = {**common, **sizes, "preset": "tiny", "final_steps": 2, "final_batch_size": 2}
     files = {}
-    for name, recipe in (("reconstruction", reconstruction), ("phase0", distillation)):
+    recipes = {"reconstruction": reconstruction, "phase0": distillation, "generator": generation}
+    for name, recipe in recipes.items():
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe))
         files[name] = str(file)
@@ -122,7 +147,10 @@ class Runs:
             return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return dict(Tokenizer.load(self.folder / name / "checkpoint", fusion="reference").state_dict())
+        checkpoint = self.folder / name / "checkpoint"
+        if "generator" in name:
+            return dict(Generator.load(checkpoint).state_dict())
+        return dict(Tokenizer.load(checkpoint, fusion="reference").state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +158,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every run that the tests below compare."""
     folder = tmp_path_factory.mktemp("ranks")
     recipes = write_recipes(folder)
-    main, phase0 = recipes["reconstruction"], recipes["phase0"]
+    main, phase0, generator = recipes["reconstruction"], recipes["phase0"], recipes["generator"]
+    held = "hold_latents=true"
     fsdp = "distributed.strategy=fsdp"
     alone = [
         Job("joint", main, "one-joint", [CLIP]),
         Job("phase2", main, "one-phase2", ["accumulation_steps=2"]),
         Job("phase0", phase0, "one-phase0", []),
         Job("joint", main, "from-one", [CLIP], fault="cut"),
+        Job("generator", generator, "one-generator", ["accumulation_steps=2"]),
+        Job("generator", generator, "one-generator-held", [held, "optimizer.clip_norm=0.1"]),
+        Job("generator", generator, "generator-from-one", ["accumulation_steps=2"], fault="cut"),
     ]
     together = [
         Job("joint", main, "two-joint", [CLIP]),
@@ -147,6 +179,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "phase2", main, "two-phase2-fsdp", ["accumulation_steps=2", fsdp, "activation_checkpointing=true"]
         ),
         Job("joint", main, "from-one", [CLIP, fsdp], resume=True),
+        Job("generator", generator, "two-generator", ["accumulation_steps=2"]),
+        Job("generator", generator, "two-generator-held", [held, "optimizer.clip_norm=0.1", fsdp]),
+        Job("generator", generator, "generator-from-one", ["accumulation_steps=2", fsdp], resume=True),
         Job("joint", main, "from-two", [CLIP], fault="cut"),
         Job("joint", main, "from-two-fsdp", [CLIP, fsdp], fault="cut"),
     ]
@@ -183,6 +218,9 @@ EQUAL_RUNS = [
     ("one-phase2", "two-phase2"),
     ("one-phase2", "two-phase2-fsdp"),
     ("one-phase0", "two-phase0"),
+    ("one-generator", "two-generator"),
+    ("one-generator", "generator-from-one"),
+    ("one-generator-held", "two-generator-held"),
     ("one-joint", "from-one"),
     ("one-joint", "from-two"),
     ("one-joint", "from-two-fsdp"),
