@@ -71,13 +71,6 @@ LIBRARIES = {
 PENDING = {
     "import circle: training/studies/analysis.py, training/studies/analysis_figures.py, "
     "training/studies/analysis_summary.py",
-    "service/codecs/json/files.py: codecs/json may not import codecs",
-    "service/codecs/json/numbers.py: codecs/json may not import codecs",
-    "service/codecs/responses.py: codecs may not import engine",
-    "service/engine/worker.py: engine may not import http",
-    "service/photos/link.py: photos may not import codecs",
-    "service/photos/pool.py: photos may not import codecs",
-    "service/photos/room.py: photos may not import codecs",
     "training/data/cache_build.py: data may not import phases",
     "training/data: cache, cache_build differ by a suffix",
     "training/evaluation/evaluate.py: evaluation may not import phases",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from python_multipart.multipart import parse_options_header
 
-from service.codecs.slices import copied, find
+from service.codecs.json.slices import copied, find
 from service.errors import MalformedError, OptionError, TooLargeError
 
 MULTIPART = "multipart/form-data"

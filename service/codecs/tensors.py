@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.tokenizer import finite_items
 from service.codecs.json.documents import unique_names
-from service.codecs.slices import copied
+from service.codecs.json.slices import copied
 from service.errors import LatentsError, MalformedError, OptionError, UnprocessableError
 
 DTYPES: Mapping[str, torch.dtype] = {

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from service.codecs.slices import find
+from service.codecs.json.slices import find
 from service.errors import MalformedError, OptionError, TooLargeError
 
 _GAP = re.compile(rb"[ \t\r\n]{0,1000}")

@@ -14,7 +14,7 @@ import torch
 from pydantic_core import from_json, to_json
 from torch import Tensor
 
-from service.codecs.slices import find
+from service.codecs.json.slices import find
 from service.errors import LatentsError, MalformedError, TooLargeError
 
 _SLICE_BYTES = 64 * 1024  # parsed in 1 ms or less, up to 3 ms where numbers have a digit each

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.codecs.slices import copied, find
+from service.codecs.json.slices import copied, find
 
 MIB = 1 << 20
 LONG = b"a" * (2 * MIB - 3) + b"needle" + b"a" * MIB + b"needle"  # the first lies across a slice's end
