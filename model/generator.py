@@ -3,7 +3,8 @@
 Shape legend: B batch, C latent channels, h w latent grid.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,6 +21,7 @@ from model.checkpoints.directory import (
     Shapes,
     check_shapes,
     read_config,
+    read_format,
     read_parts,
     save_parts,
     write_directory,
@@ -32,10 +34,32 @@ from model.networks.normalization import NormalizesLatents
 from model.spelling import suggest
 from model.tokenizer import LatentKind, Tokenizer
 
-__all__ = ["GENERATOR_PRESETS", "Generator", "GeneratorConfig", "GeneratorInfo", "TrainedOn"]
+__all__ = [
+    "GENERATOR_PRESETS",
+    "Generator",
+    "GeneratorConfig",
+    "GeneratorInfo",
+    "TrainedOn",
+    "find_generator",
+]
 
 FORMAT = "drorae-generator"
+SHIFT_BASE = 4096  # numbers per latent at which the time shift is 1
 TimeLaw = Literal["uniform", "logit-normal"]
+
+
+def default_shift(latent_shape: Sequence[int]) -> float:
+    """Time shift of latents [C, h, w]: ``sqrt(C h w / 4096)``, at least 1 (RAE)."""
+    return max(1.0, math.sqrt(math.prod(latent_shape) / SHIFT_BASE))
+
+
+def find_generator(source: str | Path) -> Path | None:
+    """The directory of a generator's checkpoint, named as for `Generator.load`; None where there is none."""
+    try:
+        path = resolve_checkpoint(source, GENERATOR_PRESETS)
+    except CheckpointError:
+        return None
+    return path if read_format(path) == FORMAT else None
 
 
 class TrainedOn(FrozenConfig):
@@ -169,11 +193,7 @@ class Generator(NormalizesLatents):
                 float32.
             provenance: how the weights came to be, kept in ``config.json``; any JSON.
         """
-        network = {
-            name: tensor.detach().cpu().to(tensor.dtype if name in TABLES else storage_dtype or tensor.dtype)
-            for name, tensor in self.network.state_dict().items()
-        }
-        parts = {"network": network}
+        parts = {"network": self.stored_network(storage_dtype)}
         if self.latent_mean is not None and self.latent_var is not None:
             parts["statistics"] = {"mean": self.latent_mean.cpu(), "var": self.latent_var.cpu()}
 
@@ -191,6 +211,13 @@ class Generator(NormalizesLatents):
 
         digest = write_directory(Path(path), lambda staging: save_parts(parts, staging), contents)
         return GeneratorInfo(Path(path), self.config.name, digest, provenance or {})
+
+    def stored_network(self, storage_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The network's tensors in memory; tables keep their type."""
+        return {
+            name: tensor.detach().cpu().to(tensor.dtype if name in TABLES else storage_dtype or tensor.dtype)
+            for name, tensor in self.network.state_dict().items()
+        }
 
     @property
     def device(self) -> torch.device:

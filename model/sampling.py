@@ -19,12 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.errors import SamplingError
-from model.generator import Generator
+from model.generator import Generator, default_shift
 
 Method = Literal["euler", "midpoint", "heun"]
 FIRST_ODE_TIME = 0.001  # of RAE's grid before the shift; the time nearest to data
 LAST_SDE_TIME = 0.04  # where the SDE ends, after the shift; one step of this size follows
-SHIFT_BASE = 4096  # numbers per latent at which the shift is 1
 PURPOSE = 11  # keeps these draws apart from training's
 
 
@@ -62,11 +61,6 @@ class Auto:
 
 Guidance = ClassifierFree | Auto
 _Velocity = Callable[[Tensor, float], Tensor]
-
-
-def default_shift(latent_shape: Sequence[int]) -> float:
-    """Time shift of latents [C, h, w]: ``sqrt(C h w / 4096)``, at least 1 (RAE)."""
-    return max(1.0, math.sqrt(math.prod(latent_shape) / SHIFT_BASE))
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:

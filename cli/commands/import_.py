@@ -12,6 +12,7 @@ from model.interop.assembly import Imported
 from model.interop.from_diffusers import import_autoencoder
 from model.interop.from_rae import RaeSources, import_rae
 from model.interop.rae_decoder_weights import RAE_DECODERS
+from model.interop.rae_generator import import_rae_generator
 
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
@@ -21,13 +22,15 @@ Make a checkpoint of published weights, without downloading anything or running 
                             included; of an exported folder also the fusion
   --encoder, --decoder      a transformers folder of DINOv2 (with registers or without), SigLIP 2 or MAE,
                             and RAE's decoder model.pt; --statistics adds RAE's stat.pt
+  --generator               RAE's DiT^DH, stage2_model.pt; --statistics adds the stat.pt of its latents
 
-The checkpoint is a plain RAE: it serves at once, and phase 2 of training adds a fusion to it.
+A tokenizer's checkpoint is a plain RAE: it serves at once, and phase 2 of training adds a fusion to it.
 """
 EXAMPLES = """\
   drorae import RAE-dinov2-wReg-base-ViTXL-n08/ --output rae-b
   drorae import --encoder dinov2-with-registers-base/ --decoder model.pt --statistics stat.pt --output rae-b
   drorae import --encoder dinov2-large/ --new-decoder xl --output phase0-l     # phase 1 trains the decoder
+  drorae import --generator DiTDH-XL/stage2_model.pt --statistics stat.pt --output dit-dh-xl
   drorae info rae-b
 """
 
@@ -47,6 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=tuple(RAE_DECODERS),
         help="instead of --decoder: one of RAE's architectures with random weights, to be trained",
     )
+    parser.add_argument("--generator", type=Path, metavar="FILE", help="RAE's stage2_model.pt")
     parser.add_argument(
         "--statistics", type=Path, metavar="FILE", help="RAE's stat.pt: mean and variance of the latents"
     )
@@ -75,7 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Import; nothing is written before all of it has been read and checked."""
     _check_sources(arguments)
     files.check_new_folder(arguments.output)
-    imported = _import(arguments, (arguments.name or arguments.output.resolve().name)[:100])
+    name = (arguments.name or arguments.output.resolve().name)[:100]
+    if arguments.generator is not None:
+        return _import_generator(arguments, name)
+    imported = _import(arguments, name)
     tokenizer = imported.tokenizer
     info = tokenizer.save(arguments.output, getattr(torch, arguments.dtype), imported.provenance)
     for note in imported.notes:
@@ -86,6 +93,22 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.output}: {info.name}, images of {tokenizer.config.image_size} pixels, latents "
         f"{channels} x {rows} x {columns} {statistics} statistics, {fusion}; sha256 {info.sha256}"
+    )
+    return EXIT_OK
+
+
+def _import_generator(arguments: argparse.Namespace, name: str) -> int:
+    imported = import_rae_generator(arguments.generator, statistics=arguments.statistics, name=name)
+    generator = imported.generator
+    info = generator.save(arguments.output, getattr(torch, arguments.dtype), imported.provenance)
+    for note in imported.notes:
+        print(f"note: {note}")
+    config = generator.config
+    channels, rows, columns = config.latent_shape
+    print(
+        f"{arguments.output}: {info.name}, {config.num_classes} classes, latents "
+        f"{channels} x {rows} x {columns}, trunk {config.trunk_depth} x {config.trunk_width}, "
+        f"head {config.head_depth} x {config.head_width}; sha256 {info.sha256}"
     )
     return EXIT_OK
 
@@ -106,6 +129,10 @@ def _import(arguments: argparse.Namespace, name: str) -> Imported:
 def _check_sources(arguments: argparse.Namespace) -> None:
     parts = ("encoder", "decoder", "new_decoder", "image_size", "decoder_heads")
     given = [f"--{name.replace('_', '-')}" for name in parts if getattr(arguments, name) is not None]
+    if arguments.generator is not None and (given or arguments.folder is not None):
+        raise UsageError(f"{given[0] if given else 'FOLDER'} does not go with --generator")
+    if arguments.generator is not None:
+        return
     if arguments.folder is not None and given:
         raise UsageError(f"{given[0]} does not go with FOLDER, which holds encoder and decoder")
     if arguments.folder is None and arguments.encoder is None:

@@ -7,6 +7,7 @@ from typing import Any
 from cli.errors import EXIT_OK, UsageError
 from cli.options import Subparsers, add_command, add_settings, read_settings
 from model.checkpoints.tokenizers import CheckpointInfo
+from model.generator import Generator, find_generator
 from model.tokenizer import Tokenizer
 
 EXAMPLES = """\
@@ -41,7 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
         if "setting_checkpoint" in arguments:
             raise UsageError("the checkpoint is named twice: as an argument and by --checkpoint")
         arguments.setting_checkpoint = arguments.positional
-    tokenizer = Tokenizer.load(read_settings(arguments).checkpoint, fusion="reference")
+    source = read_settings(arguments).checkpoint
+    generator_path = find_generator(source)
+    if generator_path is not None:
+        facts = describe_generator(Generator.load(generator_path))
+        text = json.dumps(facts, indent=2) if arguments.json else format_table(_as_table(facts))
+        print(text)
+        return EXIT_OK
+    tokenizer = Tokenizer.load(source, fusion="reference")
     assert tokenizer.checkpoint is not None
     if arguments.json:
         print(
@@ -50,6 +58,30 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(format_table(describe_table(tokenizer, tokenizer.checkpoint)))
     return EXIT_OK
+
+
+def describe_generator(generator: Generator) -> dict[str, Any]:
+    """Everything that is known of a generator."""
+    assert generator.info is not None
+    return {
+        "name": generator.info.name,
+        "path": str(generator.info.path),
+        "sha256": generator.info.sha256,
+        "num_parameters": sum(p.numel() for p in generator.network.parameters()),
+        "has_statistics": generator.has_statistics,
+        "config": generator.config.model_dump(mode="json"),
+        "trained_on": generator.trained_on.model_dump(mode="json"),
+        "provenance": generator.info.provenance,
+    }
+
+
+def _as_table(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("generator", facts["name"])]
+    for name in ("path", "sha256", "num_parameters", "has_statistics"):
+        rows.append((name.replace("_", " "), _short(facts[name])))
+    for section in ("config", "trained_on", "provenance"):
+        rows += [(f"  {name}", _short(value)) for name, value in facts[section].items()]
+    return rows
 
 
 def describe_json(tokenizer: Tokenizer, checkpoint: CheckpointInfo) -> dict[str, Any]:

@@ -46,6 +46,14 @@ class FileRecord(FrozenConfig):
     num_bytes: int = Field(ge=0)
 
 
+def read_format(path: Path) -> object:
+    """The field ``format`` of a directory's ``config.json``; None where there is none to read."""
+    try:
+        return read_json_object(path / CONFIG_FILE, MAX_CONFIG_BYTES)[0].get("format")
+    except (OSError, CheckpointError):
+        return None
+
+
 def read_config(file: Path, kind: type[Config], format_name: str) -> tuple[Config, str]:
     """A checkpoint's ``config.json``, and its sha256.
 

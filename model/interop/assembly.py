@@ -5,6 +5,7 @@
 Shape legend: C latent width, h w latent grid.
 """
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from model.checkpoints.directory import Parts
 from model.config import TokenizerConfig
 from model.errors import CheckpointError, ModelError
 from model.interop.diffusers_config import LatentStatistics
-from model.interop.foreign_files import ForeignTensors, read_tensors, record_files
+from model.interop.foreign_files import ForeignTensors, read_statistics_tensors, record_files
 from model.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -67,12 +68,17 @@ def describe_source(kind: str, *files: Path, notes: Sequence[str] = ()) -> dict[
 def read_statistics(file: Path, latent_shape: tuple[int, int, int]) -> LatentStatistics:
     """RAE's ``stat.pt``: ``mean`` and ``var``, each [C, h, w], with leading sides of 1 or without.
 
+    As in RAE a mean that is absent counts as 0, a variance as 1.
+
     Raises:
         CheckpointError: other tensors, or a wrong shape or value.
     """
-    tensors = read_tensors(file).tensors
-    if set(tensors) != {"mean", "var"}:
-        raise CheckpointError(f"{file}: holds the tensors {sorted(tensors)}, expected ['mean', 'var']")
+    tensors = read_statistics_tensors(file)
+    notes = tuple(
+        f"{file}: holds no {name}, which counts as {value}"
+        for name, value in (("mean", 0), ("var", 1))
+        if name not in tensors
+    )
     for name, tensor in tensors.items():
         while tensor.ndim > 3 and tensor.shape[0] == 1:
             tensor = tensor[0]
@@ -82,9 +88,23 @@ def read_statistics(file: Path, latent_shape: tuple[int, int, int]) -> LatentSta
             raise CheckpointError(f"{file}: tensor {name!r} has shape {found}, but the latents have {wanted}")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name!r} holds a NaN or infinite value")
-    if (tensors["var"] < 0).any():
+    mean = tensors.get("mean", torch.zeros(latent_shape))
+    var = tensors.get("var", torch.ones(latent_shape))
+    if (var < 0).any():
         raise CheckpointError(f"{file}: tensor 'var' has a negative value")
-    return LatentStatistics(tensors["mean"], tensors["var"])
+    return LatentStatistics(mean, var, notes=notes)
+
+
+def refuse_to_replace(path: Path) -> None:
+    """For `staged_directory`: an export goes to a new or empty directory.
+
+    Raises:
+        FileExistsError: something is there.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "is there already and not an empty directory", str(path))
 
 
 def assemble(
@@ -109,6 +129,7 @@ def assemble(
                 )
     if statistics is not None:
         parts = {**parts, "statistics": {"mean": statistics.mean, "var": statistics.var}}
+        notes += statistics.notes
         if statistics.num_clamped:
             provenance = {**provenance, "num_clamped_deviations": statistics.num_clamped}
             notes.append(

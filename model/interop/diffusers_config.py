@@ -74,6 +74,8 @@ class LatentStatistics:
     var: Tensor
     num_clamped: int = 0
     """Positions whose deviation is too small to be a variance of ours; they got variance 0."""
+    notes: tuple[str, ...] = ()
+    """What their user should know."""
 
 
 def parse_config(fields: Mapping[str, Any]) -> AutoencoderRaeConfig:

@@ -112,6 +112,21 @@ def read_tensors(file: Path, part: str | None = None) -> ForeignTensors:
     return _unwrapped(_read_contents(file), (file,), file, part)
 
 
+def read_statistics_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors ``mean`` and ``var`` of RAE's ``stat.pt``; RAE's own file for DINOv2-B has no mean (None).
+
+    Raises:
+        CheckpointError: unreadable, neither of the two, or something else beside them.
+    """
+    contents = _read_contents(file)
+    if isinstance(contents, dict):
+        contents = {name: value for name, value in contents.items() if value is not None}
+    tensors = _unwrapped(contents, (file,), file).tensors
+    if not tensors.keys() <= {"mean", "var"}:
+        raise CheckpointError(f"{file}: holds the tensors {sorted(tensors)}, expected ['mean', 'var']")
+    return tensors
+
+
 def _unwrapped(
     contents: object, files: tuple[Path, ...], source: Path, part: str | None = None
 ) -> ForeignTensors:

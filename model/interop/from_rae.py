@@ -21,7 +21,13 @@ from model.interop.assembly import (
     naming,
     read_statistics,
 )
-from model.interop.foreign_files import ForeignTensors, read_folder, read_json, read_tensors
+from model.interop.foreign_files import (
+    ForeignTensors,
+    read_folder,
+    read_json,
+    read_statistics_tensors,
+    read_tensors,
+)
 from model.interop.rae_decoder_weights import (
     decoder_config_from_state,
     decoder_grid,
@@ -154,9 +160,9 @@ def _common_grid(sources: RaeSources, decoder: _Decoder) -> int:
         if grid is not None:
             claims.append((grid, f"the decoder in {decoder.file.source}"))
     if sources.statistics is not None:
-        mean = read_tensors(sources.statistics).tensors.get("mean")
-        if mean is not None and mean.ndim >= 3:
-            claims.append((mean.shape[-1], f"the mean in {sources.statistics}"))
+        for name, tensor in sorted(read_statistics_tensors(sources.statistics).items()):
+            if tensor.ndim >= 3:
+                claims.append((tensor.shape[-1], f"the {name} in {sources.statistics}"))
     if not claims:
         return max(DEFAULT_IMAGE_SIZE // patch_size, 1)
     wanted, first = claims[0]

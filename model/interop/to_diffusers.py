@@ -3,7 +3,6 @@
 diffusers and transformers are not needed to write it.
 """
 
-import errno
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from model.checkpoints.directory import staged_directory
 from model.config import TokenizerConfig
 from model.interop import drorae_fusion
+from model.interop.assembly import refuse_to_replace
 from model.interop.diffusers_config import (
     CLASS_NAME,
     DIFFUSERS_VERSION,
@@ -92,7 +92,7 @@ def export_diffusers(
     config = tokenizer.config
     fields = _config_fields(tokenizer)
     tensors = _tensors(tokenizer, storage_dtype, release)
-    with staged_directory(Path(path).absolute(), _refuse_to_replace) as staging:
+    with staged_directory(Path(path).absolute(), refuse_to_replace) as staging:
         _write_json(staging / "config.json", fields)
         save_file(tensors, staging / f"{WEIGHTS_STEM}.safetensors", metadata=_METADATA)
         if tokenizer.fusion is not None:
@@ -166,13 +166,6 @@ def _shortest(values: Tensor) -> Any:
 def _write_json(file: Path, fields: dict[str, Any]) -> None:
     indent = None if fields.get("latents_mean") else 2  # statistics by the line would be a book
     file.write_text(json.dumps(fields, indent=indent) + "\n", encoding="utf-8")
-
-
-def _refuse_to_replace(path: Path) -> None:
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
-        raise FileExistsError(errno.EEXIST, "is there already and not an empty directory", str(path))
 
 
 def _readme(tokenizer: Tokenizer, release: TransformersRelease) -> str:

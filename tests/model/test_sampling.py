@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from model.errors import SamplingError
-from model.generator import Generator
+from model.generator import Generator, default_shift
 from model.networks.dit import GeneratorConfig
 from model.sampling import (
     Auto,
     ClassifierFree,
-    default_shift,
     ode_grid,
     sample_noise,
     sample_ode,

@@ -4,8 +4,7 @@ import torch
 from pydantic import ValidationError
 
 from model.errors import CheckpointError
-from model.generator import GENERATOR_PRESETS, Generator, GeneratorConfig, TrainedOn
-from model.sampling import default_shift
+from model.generator import GENERATOR_PRESETS, Generator, GeneratorConfig, TrainedOn, default_shift
 from model.tokenizer import Tokenizer
 from training.data.classes import Classes
 from training.errors import RecipeError

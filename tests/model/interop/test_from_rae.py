@@ -431,7 +431,7 @@ def test_grids_that_differ_name_both_sides(sources, tmp_path):
 @pytest.mark.parametrize(
     ("statistics", "expected"),
     [
-        ({"mean": torch.zeros(48, 4, 4)}, "holds the tensors ['mean'], expected ['mean', 'var']"),
+        ({"mean": None, "var": None}, "expected a dictionary of tensors"),
         ({**STATISTICS, "count": torch.zeros(1)}, "holds the tensors ['count', 'mean', 'var']"),
         (
             {"mean": torch.zeros(32, 4, 4), "var": torch.ones(32, 4, 4)},
@@ -448,6 +448,20 @@ def test_statistics_that_are_wrong_are_named(sources, statistics, expected):
     message = refused(sources)
     assert message.startswith(f"{sources.statistics}: ")
     assert expected in message
+
+
+@pytest.mark.parametrize(("absent", "value"), [("mean", 0.0), ("var", 1.0)])
+@pytest.mark.parametrize("is_none", [True, False])
+def test_statistics_that_lack_one_count_as_rae_counts_them(sources, absent, value, is_none):
+    """RAE's own file for DINOv2-B has a mean of None."""
+    kept = {name: tensor for name, tensor in STATISTICS.items() if name != absent}
+    torch.save({**kept, absent: None} if is_none else kept, sources.statistics)
+    imported = import_rae(sources, "x")
+    found = {"mean": imported.tokenizer.latent_mean, "var": imported.tokenizer.latent_var}
+    assert torch.equal(found[absent], torch.full((48, 4, 4), value))
+    (present,) = kept
+    assert torch.equal(found[present], kept[present])
+    assert any(f"holds no {absent}" in note for note in imported.notes)
 
 
 def test_statistics_with_a_batch_side_are_taken(sources):
