@@ -1,16 +1,18 @@
 """Entry point of ``drorae train``: a phase's name and recipe to a finished run."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.data.sources import Sample, list_samples
 from training.distributed.ranks import is_launched, process_group
 from training.errors import RankError
 from training.phases.distillation import DistillationTask
 from training.phases.states import check_run_directory, holds_state
 from training.phases.trainer import Task, Trainer
 from training.recipes.generator import GeneratorRecipe
-from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
+from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, in_steps, load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +48,25 @@ def run_phase(
         overrides = [*overrides, f"output={output}"]
     recipe = load_recipe(RECIPES.get(phase, PhaseRecipe), config_path, overrides)
     check_run_directory(recipe.output, resume)
-    with process_group(recipe.device, recipe.distributed.timeout_s):
-        is_resumed = resume and holds_state(recipe.output)
-        task = _make_task(phase, recipe, is_resumed)
+    with process_group(recipe.device, recipe.distributed.timeout_s) as ranks:
+        logger.info("listing the training images")
+        samples = list_samples(recipe.data.train, ranks)
+        recipe = in_steps(recipe, len(samples))
+        logger.info("training on %d images", len(samples))
+        task = _make_task(phase, recipe, samples, resume and holds_state(recipe.output))
         figures = Trainer(task, task.recipe.output).run(resume)
     logger.info("%s finished: %s", phase, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     return 0
 
 
-def _make_task(phase: str, recipe: BaseRecipe, is_resumed: bool) -> Task[Any]:
+def _make_task(phase: str, recipe: BaseRecipe, samples: Sequence[Sample], is_resumed: bool) -> Task[Any]:
     if isinstance(recipe, GeneratorRecipe):
         from training.phases.generation import GenerationTask
 
-        return GenerationTask(recipe)
+        return GenerationTask(recipe, samples)
     if isinstance(recipe, DistillationRecipe):
-        return DistillationTask(recipe)
+        return DistillationTask(recipe, samples)
     from training.phases.reconstruction import ReconstructionTask
 
     assert isinstance(recipe, PhaseRecipe)
-    return ReconstructionTask(phase, recipe, is_resumed=is_resumed)
+    return ReconstructionTask(phase, recipe, samples, is_resumed)

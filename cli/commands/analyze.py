@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
     try:
         from training.studies.analysis import analyze_command
-        from training.studies.analysis_summary import headline
+        from training.studies.summary import headline
     except ModuleNotFoundError as exc:
         raise CommandError(
             f"analysis needs the package {exc.name!r}: pip install 'drorae[training]'"

@@ -21,7 +21,7 @@ from model.images.costs import check_parts, measure_picture
 from model.images.files import DECODER_ERRORS, fit_picture, fitted_size
 from model.images.opening import open_picture
 from model.images.tensors import to_byte_tensor
-from training.data.sources import Sample, list_samples
+from training.data.sources import Sample
 from training.data.workers import ignore_signals, iterate
 from training.distributed.ranks import Ranks
 from training.errors import DataError
@@ -243,18 +243,6 @@ class PositionSampler(Sampler[int]):
             first += self.batch_size
 
 
-def list_training_images(config: DataConfig) -> Sequence[Sample]:
-    """The images of ``config.train``, which may take minutes to list.
-
-    Raises:
-        DataError: a path is missing, or there is no image.
-    """
-    logger.info("listing the training images")
-    samples = list_samples(config.train)
-    logger.info("training on %d images", len(samples))
-    return samples
-
-
 def share_of_batch(batch_size: int, ranks: Ranks) -> range:
     """Which samples of a global batch are this rank's.
 
@@ -275,6 +263,7 @@ def share_of_step(batch_size: int, num_micro_batches: int, number: int, ranks: R
 
 
 def training_batches(
+    samples: Sequence[Sample],
     config: DataConfig,
     transform: Transform,
     batch_size: int,
@@ -282,25 +271,22 @@ def training_batches(
     start_batch: int,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     stored: StoredCrops | None = None,
-    samples: Sequence[Sample] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from batch number ``start_batch`` on: this rank's share of each.
 
     Args:
-        config: folders or shards, and how many processes decode them.
+        samples: the listing of ``config.train``.
+        config: crops, and how many processes decode.
         transform: crop and flip.
         batch_size: images of a batch, over all ranks.
         seed: of order and augmentation.
         start_batch: the first batch's number.
         ranks: by default this process sees whole batches.
         stored: what the batches' states are read from; needs ``config.crops_per_image``.
-        samples: the listing of ``config.train``, where it is at hand.
 
     Raises:
-        DataError: a path is missing, or no image can be decoded.
+        DataError: no image can be decoded.
     """
-    if samples is None:
-        samples = list_training_images(config)
     loader = DataLoader(
         PositionedDataset(samples, transform, seed, config.crops_per_image, stored),
         batch_size=batch_size // ranks.size,

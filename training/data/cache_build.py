@@ -37,12 +37,12 @@ from training.data.cache import (
     shard_file,
     shard_images,
 )
-from training.data.sources import Sample, list_samples
+from training.data.sources import Sample
 from training.data.workers import ignore_signals, iterate
+from training.distributed.device import autocast
 from training.distributed.ranks import Ranks
 from training.errors import CacheError, DataError
 from training.output.files import write_atomically
-from training.phases.optimizer import autocast
 from training.recipes.recipe import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def open_or_build_cache(
     tokenizer: Tokenizer,
     frozen_sha256: Mapping[str, str],
     spec: CacheSpec,
+    samples: Sequence[Sample],
     data: DataConfig,
     seed: int,
     precision: str,
@@ -67,16 +68,15 @@ def open_or_build_cache(
         tokenizer: on its device; its encoder, and for ``enriched`` its fusion, are frozen.
         frozen_sha256: digests of its frozen parts, by name.
         spec: which values, where and how.
-        data: the images and their crops.
+        samples: the listing of ``data.train``.
+        data: the crops.
         seed: of the crops.
         precision: of a recipe, in which the frozen parts run.
         ranks: those that share the work.
 
     Raises:
         CacheError: the folder holds another cache, there is no room, or a value exceeds the dtype.
-        DataError: the images cannot be listed.
     """
-    samples = list_samples(data.train)
     key = make_key(
         spec,
         _weights_sha256(tokenizer, frozen_sha256, spec.kind),

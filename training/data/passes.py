@@ -21,7 +21,6 @@ from training.data.batches import Batch, evaluation_batches
 from training.data.pass_shards import Shard, ShardStore
 from training.data.sources import Sample
 from training.distributed.ranks import Ranks
-from training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +77,15 @@ def run_pass(
     Raises:
         TrainingError: ``store`` holds another run.
     """
-    # Rank 0 alone reads, and tells the others of a failure too: a rank that waits learns nothing otherwise.
-    earlier, failure = _read_earlier(store) if ranks.is_main else ([], None)
-    failure, done = ranks.broadcast_object((failure, [p for shard in earlier for p in shard.positions]))
-    if failure is not None:
-        raise failure
+    earlier = ranks.on_main(store.read)
+    done = [position for shard in earlier for position in shard.positions]
     covered = set(done)
     mine = share([p for p in range(len(samples)) if p not in covered], ranks)
     if covered and ranks.is_main:
         logger.info("resumed: %d of %d images were done before", len(covered), len(samples))
     own = _work(samples, mine, accumulator, store, config, ranks)
     gathered = [shard for shard in ranks.all_gather_object(own) if shard.positions]
-    shards = [*ranks.broadcast_object(earlier), *gathered]
-    return sorted(shards, key=lambda shard: shard.positions[0])
+    return sorted([*earlier, *gathered], key=lambda shard: shard.positions[0])
 
 
 def share(positions: Sequence[int], ranks: Ranks) -> list[int]:
@@ -117,13 +112,6 @@ def read_batches(
 def default_workers(device: torch.device) -> int:
     """Processes that decode: none where the processor computes the model too."""
     return 0 if device.type == "cpu" else min(MAX_WORKERS, num_cpus())
-
-
-def _read_earlier(store: ShardStore) -> tuple[list[Shard], Exception | None]:
-    try:
-        return store.read(), None
-    except (TrainingError, OSError) as exc:
-        return [], exc
 
 
 def _work(

@@ -7,11 +7,13 @@ counts what it leaves out, by the reason.
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
+from training.data.index import SUFFIX as INDEX_SUFFIX
+from training.data.index import read_index, write_index
 from training.data.names import (
     DANGLING,
     HIDDEN,
@@ -24,6 +26,7 @@ from training.data.names import (
     reason_to_leave_out,
 )
 from training.data.tars import list_members
+from training.distributed.ranks import Ranks
 from training.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -116,16 +119,28 @@ def list_images(paths: Sequence[Path]) -> Listing:
         DataError: a path is missing or unreadable.
     """
     left_out: Counter[str] = Counter()
-    samples = [sample for path in paths for sample in _list_one(expand_path(path), left_out)]
+    samples: list[Sample] = []
+    for path in map(expand_path, paths):
+        found, ignored = _from_index(path) or _list_one(path)
+        samples += found
+        left_out += ignored
     return Listing(samples, left_out)
 
 
-def list_samples(paths: Sequence[Path]) -> Listing:
+def list_samples(paths: Sequence[Path], ranks: Ranks = Ranks()) -> Listing:  # noqa: B008 - frozen
     """List images as `list_images` does; the log says what was left out, as a warning if it may be photos.
+
+    Args:
+        paths: as for `list_images`.
+        ranks: rank 0 lists, and gives the others its listing; collective.
 
     Raises:
         DataError: a path is missing or unreadable, or there is no image at all.
     """
+    return ranks.on_main(lambda: _list_and_log(paths))
+
+
+def _list_and_log(paths: Sequence[Path]) -> Listing:
     listing = list_images(paths)
     places = ", ".join(printable(str(path)) for path in paths)
     if not listing:
@@ -157,28 +172,49 @@ def expand_path(path: Path) -> Path:
     return Path(expanded)
 
 
-def _list_one(path: Path, left_out: Counter[str]) -> Iterable[Sample]:
+def _from_index(path: Path) -> tuple[list[Sample], Counter[str]] | None:
+    found = read_index(path)
+    if found is None:
+        return None
+    rows, left_out = found
+    samples = [
+        Sample(key, path / name, offset, num_bytes, label=label)
+        for name, key, offset, num_bytes, label in rows
+    ]
+    return samples, left_out
+
+
+def _list_one(path: Path) -> tuple[list[Sample], Counter[str]]:
+    """Images of a folder or tar, and what was left out; keeps its index up to date where there is one."""
+    left_out: Counter[str] = Counter()
+    places: list[Path] = []
     if path.is_dir():
-        return _list_folder(path, left_out)
-    if path.is_file() and is_tar(path):
-        return _list_shard(path, left_out)
-    if path.exists():
+        samples = list(_list_folder(path, places, left_out))
+    elif path.is_file() and is_tar(path):
+        samples = _list_shard(path, places, left_out)
+    elif path.exists():
         raise DataError(f"{path} is neither a folder nor a tar shard")
-    raise DataError(f"{path} does not exist")
+    else:
+        raise DataError(f"{path} does not exist")
+    if all(sample.data is None for sample in samples):
+        rows = [(str(s.file.relative_to(path)), s.key, s.offset, s.num_bytes, s.label) for s in samples]
+        write_index(path, places, rows, left_out)
+    return samples, left_out
 
 
-def _list_folder(folder: Path, left_out: Counter[str]) -> Iterator[Sample]:
-    files = sorted(_walk(folder, left_out))
+def _list_folder(folder: Path, places: list[Path], left_out: Counter[str]) -> Iterator[Sample]:
+    files = sorted(_walk(folder, places, left_out))
     images = [file for file in files if not is_tar(file)]
     keys = dict(zip(images, _keys([str(file.relative_to(folder)) for file in images]), strict=True))
     for file in files:
         if is_tar(file):
-            yield from _list_shard(file, left_out)
+            yield from _list_shard(file, places, left_out)
         else:
             yield Sample(keys[file], file)
 
 
-def _list_shard(file: Path, left_out: Counter[str]) -> list[Sample]:
+def _list_shard(file: Path, places: list[Path], left_out: Counter[str]) -> list[Sample]:
+    places.append(file)
     members = list_members(file, left_out)
     keys = _keys([member.name for member in members])
     return [
@@ -194,8 +230,11 @@ def _keys(names: Sequence[str]) -> list[str]:
     return [printable(stem if uses[stem] == 1 else name) for stem, name in zip(stems, names, strict=True)]
 
 
-def _walk(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Images and shards of a folder and all below it, each folder once: by its own name before links."""
+def _walk(folder: Path, places: list[Path], left_out: Counter[str]) -> Iterator[Path]:
+    """Images and shards of a folder and all below it, each folder once: by its own name before links.
+
+    The folders that were read are added to ``places``.
+    """
     seen: set[tuple[int, int]] = set()
     folders, links = [folder], list[Path]()
     while folders or links:
@@ -209,6 +248,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+            places.append(current)
         except OSError:
             left_out[UNREADABLE] += 1
             continue
@@ -217,7 +257,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
             elif (reason := _reason_of_entry(entry)) is None:
                 yield Path(entry.path)
-            else:
+            elif not entry.name.endswith(INDEX_SUFFIX):
                 left_out[reason] += 1
 
 

@@ -6,17 +6,17 @@ Everything here also works in a process that nobody launched so, as a world of o
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.errors import RankError
+from training.errors import RankError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,23 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], Item]) -> Item:
+        """Rank 0's result of ``work``, on every rank; an error of it is raised on every rank too.
+
+        Raises:
+            TrainingError, OSError: raised by ``work``.
+        """
+        outcome: tuple[Item | None, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except (TrainingError, OSError) as exc:
+                outcome = (None, exc)
+        result, failure = self.broadcast_object(outcome)
+        if failure is not None:
+            raise failure
+        return cast(Item, result)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place where there are several; returns the tensor."""

@@ -15,13 +15,13 @@ from model.tokenizer import LatentKind, Tokenizer
 from training.data.batches import evaluation_batches
 from training.data.pass_shards import ShardStore, listing_digest
 from training.data.passes import RANKS_TIMEOUT_S, SAVE_EVERY_S, PassConfig, default_workers
-from training.data.sources import list_samples, spread_samples
+from training.data.sources import Sample, list_samples, spread_samples
+from training.distributed.device import resolve_device
 from training.distributed.ranks import Ranks, current, process_group
 from training.errors import DataError
 from training.evaluation.quality import Metrics, WeightFiles, measure_quality
 from training.evaluation.readout import fit_readouts
 from training.evaluation.report import Report, write_report
-from training.phases.optimizer import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -50,35 +50,35 @@ class Evaluation:
 @torch.no_grad()
 def evaluate_tokenizer(
     tokenizer: Tokenizer,
-    paths: Sequence[Path],
+    samples: Sequence[Sample],
     batch_size: int = 25,
     latent: LatentKind = "enriched",
     num_pictures: int = 8,
     progress: bool = True,
 ) -> Evaluation:
-    """Reconstruct every image of folders or shards, centre-cropped to the tokenizer's size.
+    """Reconstruct every listed image, centre-cropped to the tokenizer's size.
 
     Raises:
-        DataError: no images, or none that can be decoded.
+        DataError: no image can be decoded.
     """
     per_image: list[tuple[str, float, float]] = []
     pictures: list[tuple[Tensor, Tensor]] = []
-    listed, num_broken = list_samples(paths), 0
-    with tqdm(total=len(listed), unit="image", desc="evaluate", disable=not progress) as bar:
-        for samples, batch in evaluation_batches(listed, tokenizer.config.image_size, batch_size):
+    num_broken = 0
+    with tqdm(total=len(samples), unit="image", desc="evaluate", disable=not progress) as bar:
+        for kept, batch in evaluation_batches(samples, tokenizer.config.image_size, batch_size):
             images = batch.pixels(tokenizer.device)
             reconstructions = tokenizer.reconstruct(images, latent).float()
             figures = zip(
                 psnr(reconstructions, images).tolist(), ssim(reconstructions, images).tolist(), strict=True
             )
-            per_image += [(sample.key, *pair) for sample, pair in zip(samples, figures, strict=True)]
+            per_image += [(sample.key, *pair) for sample, pair in zip(kept, figures, strict=True)]
             pictures += list(zip(images.cpu(), reconstructions.cpu(), strict=True))[
                 : num_pictures - len(pictures)
             ]
             num_broken += batch.num_broken
-            bar.update(len(samples) + batch.num_broken)
+            bar.update(len(kept) + batch.num_broken)
     if not per_image:
-        raise DataError(f"none of the {len(listed)} images could be decoded")
+        raise DataError(f"none of the {len(samples)} images could be decoded")
     originals, decoded = (torch.stack(column) for column in zip(*pictures, strict=True))
     return Evaluation(
         psnr_db=sum(row[1] for row in per_image) / len(per_image),
@@ -138,7 +138,7 @@ def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
     latents = _choose_latents(tokenizer, options.latents)
     readouts = fit_readouts(tokenizer, options.readout_photos, latents) if options.readout_photos else None
     metrics = Metrics(options.metrics, options.weights, tokenizer, readouts)
-    listing = list_samples(options.data)
+    listing = list_samples(options.data, ranks)
     samples = spread_samples(listing, options.limit)
     workers = default_workers(tokenizer.device) if options.num_workers is None else options.num_workers
     config = PassConfig(

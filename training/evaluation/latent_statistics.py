@@ -25,10 +25,10 @@ from training.data.passes import (
     run_pass,
 )
 from training.data.sources import Sample, list_samples, spread_samples
+from training.distributed.device import resolve_device
 from training.distributed.ranks import Ranks, current, process_group
 from training.errors import DataError, TrainingError
 from training.evaluation.moments import PointwiseMoments
-from training.phases.optimizer import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ class LatentStatistics:
 
 @torch.no_grad()
 def latent_statistics(
-    tokenizer: Tokenizer, paths: Sequence[Path], limit: int = STATISTICS_LIMIT
+    tokenizer: Tokenizer, samples: Sequence[Sample], limit: int = STATISTICS_LIMIT
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the enriched latents of centre-cropped images, on this rank alone.
 
     Args:
         tokenizer: gives the latents.
-        paths: folders or tar shards.
-        limit: how many images are used at most, spread evenly over the paths.
+        samples: images.
+        limit: how many of them are used at most, spread evenly.
 
     Returns:
         Mean and variance, each [C, h, w] float32.
@@ -78,11 +78,11 @@ def latent_statistics(
     Raises:
         DataError: no image could be decoded.
     """
-    samples = spread_samples(list_samples(paths), limit)
+    chosen = spread_samples(samples, limit)
     config = PassConfig(
         tokenizer.config.image_size, STATISTICS_BATCH_SIZE, title="statistics", progress=False
     )
-    found = measure_statistics(tokenizer, samples, config, ShardStore(None, {}), Ranks())
+    found = measure_statistics(tokenizer, chosen, config, ShardStore(None, {}), Ranks())
     return found.mean.float(), found.var.float()
 
 
@@ -158,7 +158,7 @@ def _run_statistics(options: StatisticsOptions, ranks: Ranks) -> int:
         raise TrainingError(f"{options.checkpoint} is bundled with the program: name another --output")
     tokenizer = Tokenizer.load(source, device=resolve_device(options.device))
     assert tokenizer.checkpoint is not None
-    listing = list_samples(options.data)
+    listing = list_samples(options.data, ranks)
     samples = spread_samples(listing, options.limit)
     workers = default_workers(tokenizer.device) if options.num_workers is None else options.num_workers
     config = PassConfig(

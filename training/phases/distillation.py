@@ -10,7 +10,8 @@ the size that is served, as DINOv2 does.
 Shape legend: B batch, N tokens, C student width, S side in pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,11 @@ from model.tokenizer import Tokenizer
 from training.data.batches import (
     Batch,
     evaluation_batches,
-    list_training_images,
     random_resized_crop,
     training_batches,
 )
-from training.data.sources import list_samples
+from training.data.sources import Sample, list_samples
+from training.distributed.device import autocast, resolve_device
 from training.distributed.modules import (
     Replicas,
     checkpoint_activations,
@@ -40,15 +41,7 @@ from training.distributed.modules import (
 from training.distributed.ranks import Ranks, current
 from training.errors import RecipeError
 from training.losses.efficientnet import FEATURE_WIDTH, NAME, NUM_CLASSES, STAGE_WIDTHS, EfficientNetLite0
-from training.phases.optimizer import (
-    Ema,
-    autocast,
-    clip_gradients,
-    learning_rate_at,
-    make_optimizer,
-    resolve_device,
-    set_learning_rate,
-)
+from training.phases.optimizer import Ema, clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
 from training.phases.trainer import Task
 from training.recipes.recipe import DistillationRecipe
 
@@ -115,14 +108,19 @@ class Student(nn.Module):
 
 
 class DistillationTask(Task[Batch]):
-    """Trains the encoder of a preset against EfficientNet-Lite0."""
+    """Trains the encoder of a preset against EfficientNet-Lite0.
 
-    def __init__(self, recipe: DistillationRecipe) -> None:
+    Args:
+        recipe: settings of the phase.
+        samples: the listing of the recipe's ``data.train``.
+    """
+
+    def __init__(self, recipe: DistillationRecipe, samples: Sequence[Sample]) -> None:
         self.ranks = current()
         _check_recipe(recipe, self.ranks.size)
         self.recipe: DistillationRecipe = recipe
         self.device = resolve_device(recipe.device)
-        self.samples = list_training_images(recipe.data)
+        self.samples = samples
         torch.manual_seed(recipe.seed)
         self.tokenizer = Tokenizer(_encoder_only(recipe)).to(self.device)
         if recipe.init is not None:
@@ -140,31 +138,36 @@ class DistillationTask(Task[Batch]):
         self.ema = Ema(self.student, recipe.ema_decay)
         self.networks = {"teacher": NAME}
 
+    @cached_property
+    def validation(self) -> list[Sample]:
+        """The first of the recipe's validation images, listed when they are first needed; collective."""
+        return list_samples(self.recipe.data.validation, self.ranks)[:VALIDATION_LIMIT]
+
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
         recipe = self.recipe
         first_final = recipe.num_steps - recipe.final_steps
         transform = random_resized_crop(recipe.data, recipe.teacher_image_size)
         if start_step < first_final:
             stream = training_batches(
+                self.samples,
                 recipe.data,
                 transform,
                 recipe.batch_size,
                 recipe.seed,
                 start_step,
                 self.ranks,
-                samples=self.samples,
             )
             yield from ([batch] for batch in islice(stream, first_final - start_step))
         transform = random_resized_crop(recipe.data, max(recipe.final_image_size, recipe.teacher_image_size))
         start = max(0, start_step - first_final)
         stream = training_batches(
+            self.samples,
             recipe.data,
             transform,
             recipe.final_batch_size,
             recipe.seed + 1,
             start,
             self.ranks,
-            samples=self.samples,
         )
         yield from ([batch] for batch in stream)
 
@@ -197,8 +200,7 @@ class DistillationTask(Task[Batch]):
         sums: dict[str, float] = {}
         num_images = 0
         with self.ema.applied():
-            samples = list_samples(recipe.data.validation)[:VALIDATION_LIMIT]
-            for _, batch in evaluation_batches(samples, recipe.teacher_image_size, 32):
+            for _, batch in evaluation_batches(self.validation, recipe.teacher_image_size, 32):
                 figures = self._losses(batch, recipe.image_size, self.student, Ranks())
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)

@@ -10,7 +10,6 @@ Shape legend: B batch, L layers, N tokens, C width, T = tokens of all images, P 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,11 @@ from model.images.tensors import to_unit
 from model.networks.fusion import Fusion
 from model.tokenizer import Tokenizer
 from training.data.batches import evaluation_batches
-from training.data.sources import list_samples, spread_samples
+from training.data.sources import Sample, spread_samples
+from training.distributed.device import autocast
 from training.errors import DataError
 from training.evaluation.readout import PENALTY, Ridge
-from training.phases.optimizer import autocast, learning_rate_at, set_learning_rate
+from training.phases.optimizer import learning_rate_at, set_learning_rate
 from training.recipes.recipe import FusionStartConfig, OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class TokenSet:
 
 @torch.no_grad()
 def collect_tokens(
-    tokenizer: Tokenizer, paths: Sequence[Path], num_images: int | None, precision: str
+    tokenizer: Tokenizer, samples: Sequence[Sample], num_images: int | None, precision: str
 ) -> TokenSet:
     """Every token of ``num_images`` images, spread over the listing; of all without a number.
 
@@ -58,8 +58,8 @@ def collect_tokens(
     """
     num_layers = len(tokenizer.config.fused_layers)
     states, patches = [], []
-    samples = spread_samples(list_samples(paths), num_images)
-    for _, batch in evaluation_batches(samples, tokenizer.config.image_size, BATCH_SIZE):
+    chosen = spread_samples(samples, num_images)
+    for _, batch in evaluation_batches(chosen, tokenizer.config.image_size, BATCH_SIZE):
         images = to_unit(batch.images.to(tokenizer.device))
         with autocast(tokenizer.device, precision):
             layers = tokenizer.encoder(tokenizer.preprocess(images))[-num_layers:]
@@ -128,7 +128,7 @@ def fit_fusion(
 
 def initialize_fusion(
     tokenizer: Tokenizer,
-    paths: Sequence[Path],
+    samples: Sequence[Sample],
     config: FusionStartConfig,
     generator: torch.Generator,
     precision: str = "auto",
@@ -139,6 +139,6 @@ def initialize_fusion(
         DataError: no image could be decoded.
     """
     assert tokenizer.fusion is not None
-    tokens = collect_tokens(tokenizer, paths, config.num_images, precision)
+    tokens = collect_tokens(tokenizer, samples, config.num_images, precision)
     decoder = base_decoder(tokens, tokenizer.config.encoder.layer_norm_eps)
     fit_fusion(tokenizer.fusion, tokens, decoder, config, generator, precision)

@@ -8,7 +8,7 @@ Shape legend: B batch, C latent channels, h w latent grid.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from model.sampling import sample_noise, sample_ode, shift_times
 from training.data.batches import (
     Batch,
     center_crop,
-    list_training_images,
     share_of_step,
     training_batches,
 )
 from training.data.classes import find_classes
 from training.data.held_latents import HeldLatents, hold_latents, shuffled_numbers
 from training.data.randomness import Purpose, StepRandomness
-from training.data.sources import list_samples, spread_samples
+from training.data.sources import Sample, list_samples, spread_samples
+from training.distributed.device import autocast, products_dtype, resolve_device
 from training.distributed.modules import (
     Replicas,
     checkpoint_activations,
@@ -43,16 +43,7 @@ from training.distributed.ranks import current, is_launched
 from training.evaluation.latent_statistics import latent_statistics
 from training.output.grids import reconstruction_grid, save_image
 from training.phases.new_generator import check_recipe, load_tokenizer, make_generator
-from training.phases.optimizer import (
-    Ema,
-    autocast,
-    clip_gradients,
-    learning_rate_at,
-    make_optimizer,
-    products_dtype,
-    resolve_device,
-    set_learning_rate,
-)
+from training.phases.optimizer import Ema, clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
 from training.phases.trainer import Task, is_reported
 from training.recipes.generator import GeneratorRecipe
 
@@ -83,16 +74,20 @@ def draw_times(uniform: Tensor, law: TimeLaw, shift: float) -> Tensor:
 
 
 class GenerationTask(Task[Batch | LatentBatch]):
-    """Trains a generator on the latents of a frozen tokenizer."""
+    """Trains a generator on the latents of a frozen tokenizer.
 
-    def __init__(self, recipe: GeneratorRecipe) -> None:
+    Args:
+        recipe: settings of the phase.
+        samples: the listing of the recipe's ``data.train``.
+    """
+
+    def __init__(self, recipe: GeneratorRecipe, samples: Sequence[Sample]) -> None:
         self.ranks = current()
         self.recipe: GeneratorRecipe = recipe
         self.device = resolve_device(recipe.device)
         check_recipe(recipe, self.ranks.size)
-        listing = list_training_images(recipe.data)
-        self.classes = find_classes(listing, recipe.data.train, recipe.class_names)
-        self.samples = self.classes.label(listing)
+        self.classes = find_classes(samples, recipe.data.train, recipe.class_names)
+        self.samples = self.classes.label(samples)
         self.tokenizer = load_tokenizer(recipe, self.device)
         torch.manual_seed(recipe.seed)
         self.generator = make_generator(recipe, self.tokenizer, self.classes).to(self.device)
@@ -116,13 +111,13 @@ class GenerationTask(Task[Batch | LatentBatch]):
         if self.held is not None:
             yield from self._held_batches(self.held, start_step)
         stream = training_batches(
+            self.samples,
             recipe.data,
             center_crop(recipe.data, self.tokenizer.config.image_size),
             recipe.batch_size // count,
             recipe.seed,
             start_step * count,
             self.ranks,
-            samples=self.samples,
         )
         while True:
             yield [next(stream) for _ in range(count)]
@@ -283,7 +278,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
 
     def _hold_validation(self) -> HeldLatents:
         recipe = self.recipe
-        listed = spread_samples(list_samples(recipe.data.validation), recipe.validation_images)
+        listed = spread_samples(list_samples(recipe.data.validation, self.ranks), recipe.validation_images)
         samples, dtype = self.classes.label(listed), getattr(torch, recipe.latents_dtype)
         return hold_latents(self.tokenizer, samples, recipe.latent, False, dtype, progress=False)
 
@@ -291,7 +286,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
         if self.recipe.statistics == "data":
             if self.held is not None:
                 return self.held.statistics()
-            return latent_statistics(self.tokenizer, self.recipe.data.train)
+            return latent_statistics(self.tokenizer, self.samples)
         assert self.tokenizer.latent_mean is not None
         assert self.tokenizer.latent_var is not None
         return self.tokenizer.latent_mean, self.tokenizer.latent_var

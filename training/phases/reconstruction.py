@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from model.tokenizer import Tokenizer
-from training.data.batches import Batch, list_training_images, random_crop, share_of_step, training_batches
+from training.data.batches import Batch, random_crop, share_of_step, training_batches
 from training.data.cache import KINDS, StateCache, cache_spec
 from training.data.cache_build import open_or_build_cache, tokens_from_states
 from training.data.randomness import Purpose, StepRandomness
-from training.data.sources import Sample
+from training.data.sources import Listing, Sample, list_samples
+from training.distributed.device import autocast, resolve_device
 from training.distributed.modules import (
     Replicas,
     checkpoint_activations,
@@ -50,15 +52,7 @@ from training.losses.adversarial import (
 )
 from training.losses.perceptual import make_perceptual
 from training.output.grids import reconstruction_grid, save_image
-from training.phases.optimizer import (
-    Ema,
-    autocast,
-    clip_gradients,
-    learning_rate_at,
-    make_optimizer,
-    resolve_device,
-    set_learning_rate,
-)
+from training.phases.optimizer import Ema, clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
 from training.phases.starting_point import check_recipe, initialize_parts, make_tokenizer, with_networks
 from training.phases.trainer import Task
 from training.recipes.recipe import PhaseRecipe
@@ -102,7 +96,7 @@ class ReconstructionTask(Task[Batch]):
     Args:
         phase: which one.
         recipe: all that it needs.
-        samples: the listing of the recipe's ``data.train``, where it is at hand.
+        samples: the listing of the recipe's ``data.train``.
         is_resumed: a state will be loaded, so that no start is fitted.
     """
 
@@ -110,7 +104,7 @@ class ReconstructionTask(Task[Batch]):
         self,
         phase: str,
         recipe: PhaseRecipe,
-        samples: Sequence[Sample] | None = None,
+        samples: Sequence[Sample],
         is_resumed: bool = False,
     ) -> None:
         self.phase = phase
@@ -118,11 +112,11 @@ class ReconstructionTask(Task[Batch]):
         self.recipe: PhaseRecipe = recipe
         self.device = resolve_device(recipe.device)
         check_recipe(phase, recipe, self.ranks.size)
-        self.samples = list_training_images(recipe.data) if samples is None else samples
+        self.samples = samples
         torch.manual_seed(recipe.seed)
         self.tokenizer = make_tokenizer(phase, recipe).to(self.device)
         if not is_resumed:
-            initialize_parts(phase, recipe, self.tokenizer)
+            initialize_parts(phase, recipe, self.tokenizer, samples)
         self.trained_parts = TRAINED_PARTS[phase] | ({"encoder"} if recipe.train_encoder else set())
         self._freeze()
         self.perceptual = make_perceptual(recipe.loss).to(self.device)
@@ -147,11 +141,17 @@ class ReconstructionTask(Task[Batch]):
         self.recipe = with_networks(recipe, self.networks)
         logger.info("%s trains %s; networks: %s", phase, ", ".join(sorted(self.trained_parts)), self.networks)
 
+    @cached_property
+    def validation(self) -> Listing:
+        """The recipe's validation images, listed when they are first needed; collective."""
+        return list_samples(self.recipe.data.validation, self.ranks)
+
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
         recipe = self.recipe
         transform = random_crop(recipe.data, self.tokenizer.config.image_size)
         per_step = recipe.accumulation_steps
         stream = training_batches(
+            self.samples,
             recipe.data,
             transform,
             recipe.batch_size // per_step,
@@ -159,7 +159,6 @@ class ReconstructionTask(Task[Batch]):
             start_step * per_step,
             self.ranks,
             self._open_cache(),
-            self.samples,
         )
         while True:
             yield [next(stream) for _ in range(per_step)]
@@ -171,7 +170,14 @@ class ReconstructionTask(Task[Batch]):
             return None
         spec = cache_spec(self.phase, recipe, self.tokenizer.config)
         return open_or_build_cache(
-            self.tokenizer, self.frozen_digests, spec, recipe.data, recipe.seed, recipe.precision, self.ranks
+            self.tokenizer,
+            self.frozen_digests,
+            spec,
+            self.samples,
+            recipe.data,
+            recipe.seed,
+            recipe.precision,
+            self.ranks,
         )
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
@@ -204,9 +210,7 @@ class ReconstructionTask(Task[Batch]):
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
         """Validation PSNR and SSIM with averaged weights, and a grid of pictures."""
         with self._averaged() as tokenizer:
-            report = evaluate_tokenizer(
-                tokenizer, self.recipe.data.validation, num_pictures=GRID_IMAGES, progress=False
-            )
+            report = evaluate_tokenizer(tokenizer, self.validation, num_pictures=GRID_IMAGES, progress=False)
         if self.ranks.is_main:
             grid = reconstruction_grid([report.originals, report.reconstructions], ["original", self.phase])
             save_image(grid, directory / "grids" / f"{step:06d}.png")
@@ -217,7 +221,7 @@ class ReconstructionTask(Task[Batch]):
         recipe = self.recipe
         with self._averaged() as tokenizer:
             if tokenizer.fusion is not None:
-                mean, var = latent_statistics(tokenizer, recipe.data.train, recipe.statistics_images)
+                mean, var = latent_statistics(tokenizer, self.samples, recipe.statistics_images)
                 tokenizer.set_statistics(mean, var)
             provenance = {**provenance, "phase": self.phase, "frozen_sha256": self.frozen_digests}
             if self.ranks.is_main:

@@ -10,7 +10,6 @@ Shape legend: B batch, N tokens, C latent width, D decoder width, P patch values
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from model.networks.decoder import Decoder
 from model.networks.vit import Block
 from model.tokenizer import Tokenizer
 from training.data.batches import evaluation_batches
-from training.data.sources import list_samples, spread_samples
+from training.data.sources import Sample, spread_samples
 from training.errors import DataError
 from training.evaluation.readout import Ridge
 from training.output.progress import log_progress
@@ -34,13 +33,13 @@ PENALTY = 30.0
 
 @torch.no_grad()
 def initialize_decoder(
-    tokenizer: Tokenizer, paths: Sequence[Path], noise_tau: float, generator: torch.Generator
+    tokenizer: Tokenizer, samples: Sequence[Sample], noise_tau: float, generator: torch.Generator
 ) -> None:
     """Set the decoder to the ridge regression of patches on base latents.
 
     Args:
         tokenizer: its encoder gives the latents; its decoder is overwritten.
-        paths: folders or tar shards; at most 512 of their images are used, spread over them.
+        samples: training images; at most 512 of them are used, spread evenly.
         noise_tau: latent noise of the training that follows, which the regression allows for.
         generator: of the embedding and the noise, on the CPU.
 
@@ -50,7 +49,7 @@ def initialize_decoder(
     decoder = tokenizer.decoder
     _make_linear(decoder, generator)
     ridge = Ridge(decoder.predict.in_features, decoder.predict.out_features)
-    samples = spread_samples(list_samples(paths), NUM_IMAGES)
+    samples = spread_samples(samples, NUM_IMAGES)
     batches = evaluation_batches(samples, tokenizer.config.image_size, BATCH_SIZE)
     num_batches = -(-len(samples) // BATCH_SIZE)
     for _, batch in log_progress(batches, num_batches, "the decoder's ridge regression"):

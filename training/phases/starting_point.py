@@ -1,5 +1,6 @@
 """What phases 1 to 3 and joint training start from: a recipe that can be done, and the tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from model.checkpoints.tokenizers import resolve_checkpoint
 from model.config import PRESETS, TokenizerConfig
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
+from training.data.sources import Sample
+from training.distributed.device import step_generator
 from training.errors import RecipeError
 from training.phases.fusion_start import initialize_fusion
-from training.phases.optimizer import step_generator
 from training.phases.ridge_decoder import initialize_decoder
 from training.recipes.recipe import BaseRecipe, PhaseRecipe
 
@@ -91,7 +93,9 @@ def _existing(init: str) -> Path:
         ) from exc
 
 
-def initialize_parts(phase: str, recipe: PhaseRecipe, tokenizer: Tokenizer) -> None:
+def initialize_parts(
+    phase: str, recipe: PhaseRecipe, tokenizer: Tokenizer, samples: Sequence[Sample]
+) -> None:
     """Fit what a new run starts from, as the recipe asks: the decoder, or the fusion.
 
     Raises:
@@ -99,9 +103,9 @@ def initialize_parts(phase: str, recipe: PhaseRecipe, tokenizer: Tokenizer) -> N
     """
     generator = step_generator(recipe.seed, -1, torch.device("cpu"))
     if recipe.decoder_init == "ridge":
-        initialize_decoder(tokenizer, recipe.data.train, recipe.noise_tau, generator)
+        initialize_decoder(tokenizer, samples, recipe.noise_tau, generator)
     if recipe.fusion_init is not None:
-        initialize_fusion(tokenizer, recipe.data.train, recipe.fusion_init, generator, recipe.precision)
+        initialize_fusion(tokenizer, samples, recipe.fusion_init, generator, recipe.precision)
 
 
 def _keeps_latents(phase: str, recipe: PhaseRecipe, source: Tokenizer) -> bool:

@@ -21,6 +21,7 @@ from kernels.reference import token_norm
 from model.config import TokenizerConfig
 from model.networks.encoder import Encoder
 from model.tokenizer import Tokenizer
+from training.distributed.device import autocast
 from training.distributed.modules import checkpoint_activations
 from training.losses.adversarial import (
     DINO_CONFIG,
@@ -34,7 +35,6 @@ from training.losses.adversarial import (
     generator_loss,
 )
 from training.losses.perceptual import LPIPS_NAME, EfficientNetDistance, Lpips, perceptual_name
-from training.phases.optimizer import autocast
 from training.planning.operations import Operations, StepTracker
 from training.recipes.recipe import PhaseRecipe
 

@@ -13,8 +13,8 @@ import torch
 
 from model.config import PRESETS, TokenizerConfig
 from training.data.cache import cache_spec
+from training.distributed.device import resolve_device
 from training.errors import RecipeError
-from training.phases.optimizer import resolve_device
 from training.phases.reconstruction import TRAINED_PARTS
 from training.phases.starting_point import check_recipe
 from training.planning.device_rates import MatrixRate, find_matrix_rate
@@ -31,7 +31,7 @@ from training.planning.preflight import (
     check_validation_images,
     gib,
 )
-from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, load_recipe
+from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, in_steps, load_recipe
 
 DEFAULT_NUM_CHECKED = 256
 DEFAULT_SHARE = 0.4
@@ -147,11 +147,12 @@ def plan_phase(
 def _plan_distillation(recipe: DistillationRecipe, resume: bool, options: PlanOptions) -> Plan:
     """Phase 0 is small: only its data and its output are looked at."""
     findings = Findings()
+    side = max(recipe.final_image_size, recipe.teacher_image_size)
+    train = check_training_images(recipe.data, side, options.num_checked, findings)
+    recipe = in_steps(recipe, train.num_listed)
     check_schedule(recipe, findings)
     if recipe.preset not in PRESETS:
         findings.problems.append(f"field 'preset': {recipe.preset!r} is none of {', '.join(PRESETS)}")
-    side = max(recipe.final_image_size, recipe.teacher_image_size)
-    train = check_training_images(recipe.data, side, options.num_checked, findings)
     validation = check_validation_images(recipe.data, side, options.num_checked, findings)
     check_output("output", recipe.output, 0, findings, resume)
     device = str(resolve_device(recipe.device))
@@ -164,11 +165,12 @@ def _plan_distillation(recipe: DistillationRecipe, resume: bool, options: PlanOp
 def _plan_reconstruction(phase: str, recipe: PhaseRecipe, resume: bool, options: PlanOptions) -> Plan:
     findings = Findings()
     device = _check_device(recipe, findings)
-    check_schedule(recipe, findings)
-    micro_batch = _check_batches(phase, recipe, options.num_processes, findings)
     config = check_start(phase, recipe, findings)
     side = config.image_size if config else 256
     train = check_training_images(recipe.data, side, options.num_checked, findings)
+    recipe = in_steps(recipe, train.num_listed)
+    check_schedule(recipe, findings)
+    micro_batch = _check_batches(phase, recipe, options.num_processes, findings)
     validation = check_validation_images(recipe.data, side, options.num_checked, findings)
     if config is None:
         return Plan(

@@ -1,83 +1,51 @@
-"""Durations of a recipe in epochs: ``num_steps: 16 epochs`` becomes optimizer steps of that recipe's data.
+"""Durations in epochs: a recipe may say ``num_steps: 16 epochs`` instead of a number of optimizer steps.
 
-One epoch is as many images as the training data lists, so ``steps = epochs * images / batch_size``,
-rounded. The recipe that a run keeps holds the steps.
+Such a duration stays an `Epochs` until the training images are listed; `recipe.in_steps` then replaces it by
+``epochs * images / batch_size`` steps, rounded.
 """
 
 import re
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from training.data.sources import list_samples
-from training.errors import RecipeError
+from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, WrapValidator
 
-# Fields that count optimizer steps, at any depth of a recipe.
-STEP_FIELDS = frozenset(
-    {
-        "num_steps",
-        "final_steps",
-        "warmup_steps",
-        "decay_start_step",
-        "decay_end_step",
-        "start_step",
-        "adversarial_start_step",
-        "log_every_steps",
-        "evaluate_every_steps",
-        "checkpoint_every_steps",
-    }
-)
-_EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
 
 
-def resolve_epochs(fields: dict[str, Any], default_batch_size: int) -> dict[str, Any]:
-    """A recipe's fields with every duration in steps.
+@dataclass(frozen=True)
+class Epochs:
+    """A duration in passes over the training images."""
 
-    Args:
-        fields: as read from YAML; not changed.
-        default_batch_size: images a step where the recipe gives none.
-
-    Raises:
-        RecipeError: there are epochs to count, but no batch size or no data to count them by.
-        DataError: the data cannot be listed.
-    """
-    if not _has_epochs(fields):
-        return fields
-    batch_size = fields.get("batch_size", default_batch_size)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise RecipeError(f"field 'batch_size': {batch_size!r} cannot turn epochs into steps")
-    return _replaced(fields, _num_images(fields.get("data")) / batch_size)
+    count: float
 
 
-def _num_images(data: object) -> int:
-    """What ``data.num_images`` says, or else a count of the listing."""
-    section = data if isinstance(data, dict) else {}
-    num_images = section.get("num_images")
-    if isinstance(num_images, int) and num_images > 0:
-        return num_images
-    paths = section.get("train")
-    if num_images is not None or not isinstance(paths, list) or not paths:
-        raise RecipeError(
-            "field 'data': durations in epochs need data.num_images, or data.train to count images in"
-        )
-    return len(list_samples([Path(str(path)) for path in paths]))
+def _epochs_or_steps(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+    found = _PATTERN.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return validate(value)
+    return Epochs(float(found[1])) if float(found[1]) else validate(0)
 
 
-def _has_epochs(fields: dict[str, Any]) -> bool:
+# The type of a field that counts optimizer steps: an int, or `Epochs` in a recipe that was just read.
+Steps = Annotated[int, Field(ge=0), WrapValidator(_epochs_or_steps)]
+PositiveSteps = Annotated[int, Field(ge=1), WrapValidator(_epochs_or_steps)]
+
+
+def has_epochs(section: BaseModel) -> bool:
+    """Whether a recipe still holds durations in epochs, at any depth."""
     return any(
-        _has_epochs(value)
-        if isinstance(value, dict)
-        else name in STEP_FIELDS and isinstance(value, str) and _EPOCHS.fullmatch(value)
-        for name, value in fields.items()
+        has_epochs(value) if isinstance(value, BaseModel) else isinstance(value, Epochs)
+        for _, value in section
     )
 
 
-def _replaced(fields: dict[str, Any], steps_per_epoch: float) -> dict[str, Any]:
-    replaced: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            replaced[name] = _replaced(value, steps_per_epoch)
-        elif name in STEP_FIELDS and isinstance(value, str) and (found := _EPOCHS.fullmatch(value)):
-            replaced[name] = round(float(found[1]) * steps_per_epoch)
-        else:
-            replaced[name] = value
-    return replaced
+def steps_of(section: BaseModel, steps_per_epoch: float) -> dict[str, Any]:
+    """The fields of a recipe, durations in steps."""
+    fields: dict[str, Any] = dict(section)
+    for name, value in section:
+        if isinstance(value, Epochs):
+            fields[name] = round(value.count * steps_per_epoch)
+        elif isinstance(value, BaseModel) and has_epochs(value):
+            fields[name] = steps_of(value, steps_per_epoch)
+    return fields

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from model.config import PRESETS, FrozenConfig, FusionConfig
 from model.spelling import suggest
 from training.errors import RecipeError
-from training.recipes.epochs import resolve_epochs
+from training.recipes.epochs import PositiveSteps, Steps, has_epochs, steps_of
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -49,11 +49,11 @@ class OptimizerConfig(FrozenConfig):
     learning_rate: float = Field(2e-4, gt=0)
     final_learning_rate: float = Field(2e-5, ge=0)
     decay: Literal["cosine", "linear"] = Field("cosine", description="Shape of the way to the final rate.")
-    decay_start_step: NonNegativeInt = Field(0, description="Where it begins, after the warm-up.")
-    decay_end_step: PositiveInt | None = Field(None, description="Where it ends; null: with the run.")
+    decay_start_step: Steps = Field(0, description="Where it begins, after the warm-up.")
+    decay_end_step: PositiveSteps | None = Field(None, description="Where it ends; null: with the run.")
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Weight = 0.0
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Steps = 0
     clip_norm: float | None = Field(None, gt=0, description="Gradient norm limit; null for none.")
 
 
@@ -95,8 +95,8 @@ class DiscriminatorConfig(FrozenConfig):
         "auto", description="auto: DINO ViT-S/8 where its weights are given, else the frozen encoder."
     )
     dino_weights: Path | None = Field(None, description="DINO ViT-S/8 state dict, for dino-vits8.")
-    start_step: NonNegativeInt = Field(0, description="First step at which the discriminator is trained.")
-    adversarial_start_step: NonNegativeInt = Field(0, description="First step at which its loss is used.")
+    start_step: Steps = Field(0, description="First step at which the discriminator is trained.")
+    adversarial_start_step: Steps = Field(0, description="First step at which its loss is used.")
     learning_rate: float = Field(2e-4, gt=0)
     augment_probability: float = Field(1.0, ge=0, le=1, description="DiffAug: translation and colour.")
 
@@ -131,7 +131,7 @@ class BaseRecipe(FrozenConfig):
     seed: NonNegativeInt = 0
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
-    num_steps: PositiveInt = Field(description="Optimizer steps.")
+    num_steps: PositiveSteps = Field(description="Optimizer steps.")
     batch_size: PositiveInt = Field(512, description="Images an optimizer step, over all ranks.")
     accumulation_steps: PositiveInt = Field(1, description="Micro-batches an optimizer step is split into.")
     distributed: DistributedConfig = DistributedConfig()
@@ -141,9 +141,9 @@ class BaseRecipe(FrozenConfig):
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(0.9978, ge=0, lt=1)
-    log_every_steps: PositiveInt = 20
-    evaluate_every_steps: PositiveInt = 500
-    checkpoint_every_steps: PositiveInt = 500
+    log_every_steps: PositiveSteps = 20
+    evaluate_every_steps: PositiveSteps = 500
+    checkpoint_every_steps: PositiveSteps = 500
     storage_dtype: Literal["float32", "float16"] = Field("float32", description="Of the exported weights.")
 
     @field_validator("preset")
@@ -187,7 +187,7 @@ class DistillationRecipe(BaseRecipe):
     image_size: PositiveInt = Field(112, description="Student input side for most steps, pixels.")
     teacher_image_size: PositiveInt = Field(160, description="Teacher input side, pixels.")
     final_image_size: PositiveInt = Field(224, description="Student input side at the end, pixels.")
-    final_steps: NonNegativeInt = Field(0, description="Steps at the final size (DINOv2's adaptation).")
+    final_steps: Steps = Field(0, description="Steps at the final size (DINOv2's adaptation).")
     final_batch_size: PositiveInt = Field(16, description="Images a step at the final size.")
     logits: Weight = Field(1.0, description="Weight of the class token's soft-label cross-entropy.")
     dense: Weight = Field(1.0, description="Weight of the patch tokens' cosine distance to the feature map.")
@@ -205,6 +205,8 @@ class DistillationRecipe(BaseRecipe):
 def load_recipe(kind: type[RecipeType], path: Path, overrides: list[str]) -> RecipeType:
     """Read a recipe and apply ``section.field=value`` overrides (values are YAML).
 
+    Nothing but the file is read. Durations in epochs become steps in `in_steps`.
+
     Raises:
         RecipeError: names the file and the field.
     """
@@ -219,11 +221,30 @@ def load_recipe(kind: type[RecipeType], path: Path, overrides: list[str]) -> Rec
     for override in overrides:
         _apply(fields, override)
     try:
-        return kind.model_validate(resolve_epochs(fields, kind.model_fields["batch_size"].default))
-    except RecipeError as exc:
-        raise RecipeError(f"{path}: {exc}") from exc
+        return kind.model_validate(fields)
     except ValidationError as exc:
         raise RecipeError(f"{path}: {_describe(exc, kind)}") from exc
+
+
+def in_steps(recipe: RecipeType, num_listed: int) -> RecipeType:
+    """The recipe with every duration in steps.
+
+    Args:
+        recipe: of `load_recipe`; its ``data.num_images`` counts instead of the listing where it is given.
+        num_listed: images that its ``data.train`` lists.
+
+    Raises:
+        RecipeError: a duration is too short for one step; names the field.
+    """
+    if not has_epochs(recipe):
+        return recipe
+    num_images = recipe.data.num_images or num_listed
+    if not num_images:
+        raise RecipeError("field 'data': durations in epochs need images in data.train, or data.num_images")
+    try:
+        return type(recipe).model_validate(steps_of(recipe, num_images / recipe.batch_size))
+    except ValidationError as exc:
+        raise RecipeError(_describe(exc, type(recipe))) from exc
 
 
 def _describe(problem: ValidationError, kind: type[BaseModel]) -> str:

@@ -27,6 +27,7 @@ from kernels.reference import token_norm
 from model.config import FusionConfig
 from model.networks.fusion import Fusion
 from model.tokenizer import Tokenizer
+from training.data.sources import list_samples
 from training.evaluation.readout import PENALTY, Ridge
 from training.output.files import write_atomically, write_json
 from training.phases.fusion_start import TokenSet, base_decoder, collect_tokens, fit_fusion, fuse_tokens
@@ -207,8 +208,8 @@ def main() -> None:
     tokenizer = Tokenizer.load(arguments.checkpoint, fusion="reference")
     centre = tokenizer.config.fusion or FusionConfig().fitted(tokenizer.config.encoder)
     config = FusionStartConfig(num_images=arguments.images, num_steps=arguments.steps, learning_rate=2e-3)
-    train = collect_tokens(tokenizer, arguments.train, config.num_images, arguments.precision)
-    validation = collect_tokens(tokenizer, arguments.validation, None, arguments.precision)
+    train = collect_tokens(tokenizer, list_samples(arguments.train), config.num_images, arguments.precision)
+    validation = collect_tokens(tokenizer, list_samples(arguments.validation), None, arguments.precision)
     results = []
     for variant in variants(centre):
         results.append(run_variant(variant, tokenizer, train, validation, config, arguments.precision))

@@ -26,20 +26,20 @@ from model.images.similarity import psnr, ssim
 from model.images.tensors import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 from training.data.batches import evaluation_batches
-from training.data.sources import list_samples
+from training.data.sources import Sample, list_samples
 from training.data.workers import end_with_parent
+from training.distributed.device import resolve_device
 from training.errors import DataError, RecipeError, TrainingError
 from training.evaluation.feature_networks import EfficientNetFeatures
 from training.evaluation.frechet import frechet_distance
 from training.evaluation.moments import FeatureMoments
 from training.losses.perceptual import make_perceptual
 from training.output.files import write_json
-from training.phases.optimizer import resolve_device
 from training.phases.reconstruction import ReconstructionTask
 from training.phases.states import holds_state
 from training.phases.trainer import Trainer
-from training.recipes.recipe import NonNegativeInt, PhaseRecipe, PositiveInt, load_recipe
-from training.studies.sweep_report import SweepPoint, write_report
+from training.recipes.recipe import NonNegativeInt, PhaseRecipe, PositiveInt, in_steps, load_recipe
+from training.studies.scaling import SweepPoint, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +94,13 @@ class PointTask(ReconstructionTask):
     Statistics take a pass over the training images, and no generator is trained on a point.
     """
 
-    def __init__(self, recipe: PhaseRecipe) -> None:
-        super().__init__("phase2", recipe, is_resumed=holds_state(recipe.output))
+    def __init__(self, recipe: PhaseRecipe, samples: Sequence[Sample]) -> None:
+        super().__init__("phase2", recipe, samples, is_resumed=holds_state(recipe.output))
 
     def evaluate(self, step: int, directory: Path) -> dict[str, float]:
         """The figures of `measure` on the validation images, with averaged weights."""
         with self.ema.applied():
-            return measure(self.tokenizer, self.recipe.data.validation, self.perceptual.distance)
+            return measure(self.tokenizer, self.validation, self.perceptual.distance)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         with self.ema.applied():
@@ -110,15 +110,14 @@ class PointTask(ReconstructionTask):
 
 @torch.no_grad()
 def measure(
-    tokenizer: Tokenizer, paths: Sequence[Path], distance: nn.Module, latent: LatentKind = "enriched"
+    tokenizer: Tokenizer, samples: Sequence[Sample], distance: nn.Module, latent: LatentKind = "enriched"
 ) -> dict[str, float]:
     """Means over images, ``psnr_db``, ``ssim`` and ``perceptual`` (``distance`` on whole images), and the
     Frechet distance between originals and reconstructions, ``frechet_efficientnet_lite0``.
 
     Raises:
-        DataError: no images, or none that can be decoded.
+        DataError: no image can be decoded.
     """
-    samples = list_samples(paths)
     network = EfficientNetFeatures(tokenizer.device)
     rows, sides = [], (FeatureMoments(network.width), FeatureMoments(network.width))
     for _, batch in evaluation_batches(samples, tokenizer.config.image_size, EVALUATION_BATCH_SIZE):
@@ -156,13 +155,15 @@ def run_sweep(
     if output is not None:
         overrides = [*overrides, f"output={output}"]
     recipe = load_recipe(SweepRecipe, config_path, overrides)
+    samples = list_samples(recipe.data.train)
+    recipe = in_steps(recipe, len(samples))
     encoder = _source_encoder(recipe)
     centre = _centre(recipe, encoder)
     sizes = plan_sizes(recipe, centre, encoder)
     _claim(recipe, resume)
     pending = [size for size in sizes if not _run_file(recipe.output, size).exists()]
     logger.info("%d points, %d of them to train", len(sizes), len(pending))
-    _train_all([point_recipe(recipe, centre, size) for size in pending], recipe.num_processes)
+    _train_all([point_recipe(recipe, centre, size) for size in pending], samples, recipe.num_processes)
     points = {size: _read_point(recipe.output, size, encoder.width) for size in sizes}
     write_report(
         recipe.output,
@@ -241,21 +242,21 @@ def _claim(recipe: SweepRecipe, resume: bool) -> None:
     write_json(file, fields)
 
 
-def _train_all(recipes: list[PhaseRecipe], num_processes: int) -> None:
+def _train_all(recipes: list[PhaseRecipe], samples: Sequence[Sample], num_processes: int) -> None:
     """Train the points, each from its last state where it has one."""
     with tqdm(total=len(recipes), desc="sweep", unit="point", dynamic_ncols=True) as bar:
         if num_processes == 1:
             for recipe in recipes:
-                _show(bar, recipe, _train_point(recipe))
+                _show(bar, recipe, _train_point(recipe, samples))
             return
         with _quiet_processes(min(num_processes, max(1, len(recipes)))) as pool:
-            futures = {pool.submit(_train_point, recipe): recipe for recipe in recipes}
+            futures = {pool.submit(_train_point, recipe, samples): recipe for recipe in recipes}
             for future in as_completed(futures):
                 _show(bar, futures[future], future.result())
 
 
-def _train_point(recipe: PhaseRecipe) -> dict[str, float]:
-    return Trainer(PointTask(recipe), recipe.output).run(resume=True)
+def _train_point(recipe: PhaseRecipe, samples: Sequence[Sample]) -> dict[str, float]:
+    return Trainer(PointTask(recipe, samples), recipe.output).run(resume=True)
 
 
 def _show(bar: "tqdm[Any]", recipe: PhaseRecipe, figures: dict[str, float]) -> None:
@@ -321,6 +322,6 @@ def _baseline(recipe: SweepRecipe) -> dict[str, float]:
         device = resolve_device(recipe.device)
         distance = make_perceptual(recipe.loss).to(device).distance
         tokenizer = Tokenizer.load(recipe.init, device=device)
-        write_json(file, measure(tokenizer, recipe.data.validation, distance, "base"))
+        write_json(file, measure(tokenizer, list_samples(recipe.data.validation), distance, "base"))
     figures: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return figures

@@ -26,7 +26,9 @@ def config(photos: Path, num_workers: int = 0) -> DataConfig:
 
 def take(photos: Path, start: int, count: int, num_workers: int = 0) -> list[torch.Tensor]:
     data = config(photos, num_workers)
-    stream = training_batches(data, random_crop(data, 32), 5, seed=3, start_batch=start)
+    stream = training_batches(
+        list_samples(data.train), data, random_crop(data, 32), 5, seed=3, start_batch=start
+    )
     return [next(stream).images for _ in range(count)]
 
 
@@ -43,7 +45,9 @@ def test_workers_do_not_change_the_stream(photos: Path) -> None:
 
 def test_every_epoch_visits_every_image_once(photos: Path) -> None:
     data = DataConfig(train=[photos], resize_short_side=(32, 32), flip=False, num_workers=0)
-    stream = training_batches(data, lambda image, rng: fit_picture(image, 32), 12, seed=0, start_batch=0)
+    stream = training_batches(
+        list_samples(data.train), data, lambda image, rng: fit_picture(image, 32), 12, seed=0, start_batch=0
+    )
     epochs = [{image.numpy().tobytes() for image in next(stream).images} for _ in range(2)]
     assert len(epochs[0]) == 12
     assert epochs[0] == epochs[1]
@@ -54,7 +58,9 @@ def test_broken_images_are_skipped_and_counted(photos: Path) -> None:
     whole = (photos / "05.png").read_bytes()
     (photos / "05.png").write_bytes(whole[: len(whole) // 2])
     data = config(photos)
-    stream = training_batches(data, random_crop(data, 32), 12, seed=0, start_batch=0)
+    stream = training_batches(
+        list_samples(data.train), data, random_crop(data, 32), 12, seed=0, start_batch=0
+    )
     batch = next(stream)
     assert batch.images.shape == (12, 3, 32, 32)
     assert batch.num_broken >= 2
@@ -65,7 +71,9 @@ def test_only_broken_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"text")
     data = config(tmp_path)
     with pytest.raises(DataError, match="none of the 1 listed images"):
-        next(training_batches(data, random_crop(data, 32), 2, seed=0, start_batch=0))
+        next(
+            training_batches(list_samples(data.train), data, random_crop(data, 32), 2, seed=0, start_batch=0)
+        )
 
 
 @pytest.mark.parametrize("size", [(500, 20), (20, 500), (7, 9), (32, 32)])

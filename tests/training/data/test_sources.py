@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import encode_png, make_image, write_shard
-from training.data.sources import Listing, list_samples
+from training.data.index import index_file
+from training.data.sources import Listing, list_images, list_samples
 from training.errors import DataError
 
 
@@ -266,3 +267,34 @@ def test_a_name_with_a_dollar_sign_is_no_variable_where_it_exists(tmp_path: Path
     (tmp_path / "a$b").mkdir()
     (tmp_path / "a$b" / "a.png").write_bytes(PHOTO)
     assert keys(list_samples([tmp_path / "a$b"])) == ["a"]
+
+
+def test_an_index_is_used_while_its_folder_stays_as_it_was(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(photos / "more.tar", {"a.png": encode_png(make_image(50)), "a.cls": b"3"})
+    plain = list_images([photos])
+    assert not index_file(photos).exists()  # none is kept that nobody asked for
+    index_file(photos).touch()
+    assert list_images([photos]) == plain
+    with monkeypatch.context() as patch:
+        patch.setattr("training.data.sources._walk", lambda *_: pytest.fail("the folder was listed"))
+        assert list_images([photos]) == plain
+    make_image(60).save(photos / "60.png")
+    assert len(list_images([photos])) == len(plain) + 1
+    write_shard(
+        photos / "more.tar", {"a.png": encode_png(make_image(51)), "b.png": encode_png(make_image(52))}
+    )
+    assert len(list_images([photos])) == len(plain) + 2
+    index_file(photos).write_text("no json")
+    assert len(list_images([photos])) == len(plain) + 2
+
+
+def test_an_index_of_a_tar_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_shard(tmp_path / "a.tar", {"a.png": encode_png(make_image(1)), "a.cls": b"3"})
+    index_file(shard).touch()
+    (plain,) = list_images([shard])
+    monkeypatch.setattr("training.data.sources.list_members", lambda *_: pytest.fail("the tar was read"))
+    (sample,) = list_images([shard])
+    assert sample == plain
+    assert (sample.label, sample.read()) == (3, encode_png(make_image(1)))

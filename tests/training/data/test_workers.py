@@ -19,6 +19,7 @@ from pathlib import Path
 
 def main():
     from training.data.batches import random_crop, random_resized_crop, training_batches
+    from training.data.sources import list_samples
     from training.recipes.recipe import DataConfig
 
     multiprocessing.set_start_method(sys.argv[1])
@@ -27,7 +28,7 @@ def main():
         signal.signal(number, lambda number, frame: heard.append(number))
     data = DataConfig(train=[Path(sys.argv[2])], resize_short_side=(32, 40), num_workers=2)
     for make in (random_crop, random_resized_crop):
-        stream = training_batches(data, make(data, 32), 4, seed=0, start_batch=0)
+        stream = training_batches(list_samples(data.train), data, make(data, 32), 4, seed=0, start_batch=0)
         for _ in range(2):
             os.killpg(0, signal.SIGTERM)
             os.killpg(0, signal.SIGINT)
@@ -72,9 +73,11 @@ def test_an_exit_with_an_unfinished_stream_does_not_wait_for_its_workers(photos:
         "import sys\n"
         "from pathlib import Path\n"
         "from training.data.batches import random_crop, training_batches\n"
+        "from training.data.sources import list_samples\n"
         "from training.recipes.recipe import DataConfig\n"
         "data = DataConfig(train=[Path(sys.argv[1])], resize_short_side=(32, 40), num_workers=2)\n"
-        "stream = training_batches(data, random_crop(data, 32), 4, seed=0, start_batch=0)\n"
+        "samples = list_samples(data.train)\n"
+        "stream = training_batches(samples, data, random_crop(data, 32), 4, seed=0, start_batch=0)\n"
         "next(stream)\n"
         "raise SystemExit(3)\n"
     )

@@ -24,6 +24,7 @@ from model.generator import Generator
 from model.tokenizer import Tokenizer
 from tests.training.conftest import LOG_ERROR, TINY, TINY_FUSION, in_float64, make_image
 from training.data.batches import random_crop, share_of_batch, training_batches
+from training.data.sources import list_samples
 from training.distributed.ranks import Ranks, current, process_group
 from training.recipes.recipe import DataConfig
 from training.run import run_phase
@@ -308,7 +309,9 @@ def test_ranks_batches_laid_end_to_end_are_the_global_batch(tmp_path: Path) -> N
     data = DataConfig(train=[tmp_path / "photos"], resize_short_side=(32, 40), num_workers=0)
 
     def third_and_fourth(ranks: Ranks) -> list[torch.Tensor]:
-        stream = training_batches(data, random_crop(data, 32), 4, seed=3, start_batch=2, ranks=ranks)
+        stream = training_batches(
+            list_samples(data.train), data, random_crop(data, 32), 4, seed=3, start_batch=2, ranks=ranks
+        )
         return [batch.images for batch in islice(stream, 2)]
 
     shares = [third_and_fourth(Ranks(rank, 2)) for rank in range(2)]

@@ -16,6 +16,7 @@ from model.images.tensors import to_bytes, to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, encode_png, launch, make_image, write_shard
 from training.data.batches import decode_image
+from training.data.sources import list_samples
 from training.errors import DataError, WeightsError
 from training.evaluation.evaluate import EvaluationOptions, evaluate_command, evaluate_tokenizer
 from training.evaluation.feature_networks import EfficientNetFeatures
@@ -40,7 +41,7 @@ def fitted(photos: Path) -> torch.Tensor:
 
 
 def test_evaluation_is_the_mean_over_images(tokenizer: Tokenizer, photos: Path) -> None:
-    report = evaluate_tokenizer(tokenizer, [photos], batch_size=5, num_pictures=3)
+    report = evaluate_tokenizer(tokenizer, list_samples([photos]), batch_size=5, num_pictures=3)
     images = fitted(photos)
     decoded = tokenizer.reconstruct(images)
     assert report.psnr_db == pytest.approx(psnr(decoded, images).mean().item(), abs=1e-4)
@@ -51,7 +52,7 @@ def test_evaluation_is_the_mean_over_images(tokenizer: Tokenizer, photos: Path) 
 
 def test_broken_images_are_counted_and_left_out(tokenizer: Tokenizer, photos: Path) -> None:
     (photos / "02.png").write_bytes(b"text")
-    report = evaluate_tokenizer(tokenizer, [photos], batch_size=5)
+    report = evaluate_tokenizer(tokenizer, list_samples([photos]), batch_size=5)
     assert report.num_broken == 1
     assert len(report.per_image) == 11
 
@@ -59,7 +60,7 @@ def test_broken_images_are_counted_and_left_out(tokenizer: Tokenizer, photos: Pa
 def test_only_broken_images_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"text")
     with pytest.raises(DataError, match="none of the 1 images"):
-        evaluate_tokenizer(tokenizer, [tmp_path])
+        evaluate_tokenizer(tokenizer, list_samples([tmp_path]))
 
 
 @pytest.fixture

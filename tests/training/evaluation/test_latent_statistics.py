@@ -15,6 +15,7 @@ from model.images.tensors import to_tensor
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, launch, make_image
 from training.data.batches import decode_image
+from training.data.sources import list_samples
 from training.errors import DataError, TrainingError
 from training.evaluation.latent_statistics import StatisticsOptions, latent_statistics, statistics_command
 
@@ -151,5 +152,5 @@ def test_a_limit_spreads_over_the_data(checkpoint: Path, photos: Path) -> None:
     tokenizer = Tokenizer.load(checkpoint)
     files = [sorted(photos.glob("*.png"))[index] for index in (0, 3, 6, 9)]
     images = torch.stack([to_tensor(fit_picture(decode_image(f.read_bytes()), 32)) for f in files])
-    mean, _ = latent_statistics(tokenizer, [photos], limit=4)
+    mean, _ = latent_statistics(tokenizer, list_samples([photos]), limit=4)
     torch.testing.assert_close(mean, tokenizer.encode(images).mean(dim=0), rtol=0, atol=1e-6)

@@ -68,7 +68,7 @@ def test_no_readable_photo_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> 
     with pytest.raises(DataError, match="readout: none of the 1 images"):
         fit_readouts(tokenizer, [tmp_path], ("base",))
     with pytest.raises(DataError, match="no image could be decoded"):
-        initialize_fusion(tokenizer, [tmp_path], START, generator())
+        initialize_fusion(tokenizer, list_samples([tmp_path]), START, generator())
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_the_neighbourhood_says_more_than_the_token(tokenizer: Tokenizer, photos
 
 
 def test_the_fusion_learns_under_a_frozen_linear_decoder(tokenizer: Tokenizer, photos: Path) -> None:
-    tokens = collect_tokens(tokenizer, [photos], 12, "float32")
+    tokens = collect_tokens(tokenizer, list_samples([photos]), 12, "float32")
     assert tokens.states.shape == (12 * 16, 4, 32)
     decoder = base_decoder(tokens, 1e-6)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
@@ -96,7 +96,9 @@ def test_the_fusion_learns_under_a_frozen_linear_decoder(tokenizer: Tokenizer, p
 
 def test_initialization_changes_the_fusion_alone(tokenizer: Tokenizer, photos: Path) -> None:
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
-    initialize_fusion(tokenizer, [photos], START.model_copy(update={"num_steps": 2}), generator())
+    initialize_fusion(
+        tokenizer, list_samples([photos]), START.model_copy(update={"num_steps": 2}), generator()
+    )
     changed = {name for name, value in tokenizer.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("fusion.") for name in changed)

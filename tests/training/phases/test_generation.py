@@ -84,7 +84,8 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 def make_task(recipe_file: Path, *overrides: str) -> GenerationTask:
-    return GenerationTask(load_recipe(GeneratorRecipe, recipe_file, list(overrides)))
+    recipe = load_recipe(GeneratorRecipe, recipe_file, list(overrides))
+    return GenerationTask(recipe, list_samples(recipe.data.train))
 
 
 @pytest.mark.parametrize("held", ["false", "true"])

@@ -30,14 +30,14 @@ def test_starts_better_than_the_mean_colour_of_every_image(tokenizer: Tokenizer,
     images = batch.pixels(torch.device("cpu"))
     mean_colour = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
     before = psnr(tokenizer.reconstruct(images), images).mean()
-    initialize_decoder(tokenizer, [photos], 0.0, generator())
+    initialize_decoder(tokenizer, list_samples([photos]), 0.0, generator())
     after = psnr(tokenizer.reconstruct(images), images).mean()
     assert after > psnr(mean_colour, images).mean() > before
 
 
 def test_is_the_ridge_solution(tokenizer: Tokenizer, photos: Path) -> None:
     """At the minimum the gradient of the squared error is the ridge's pull alone."""
-    initialize_decoder(tokenizer, [photos], 0.0, generator())
+    initialize_decoder(tokenizer, list_samples([photos]), 0.0, generator())
     decoder = tokenizer.decoder
     ((_, batch),) = evaluation_batches(list_samples([photos]), 32, 12)
     images = batch.pixels(torch.device("cpu"))

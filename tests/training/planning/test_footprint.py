@@ -49,7 +49,7 @@ def measured_peak(task: ReconstructionTask, images: int) -> int:
 def test_peak_is_what_the_allocator_saw(recipe_file: Path, tmp_path: Path, phase: str) -> None:
     config = TINY if phase == "phase1" else TINY.model_copy(update={"fusion": TINY_FUSION})
     recipe = load_recipe(PhaseRecipe, recipe_file, CHANGES)
-    task = ReconstructionTask(phase, recipe)
+    task = ReconstructionTask(phase, recipe, [])
     counted = footprint(phase, recipe, config, MICRO_BATCH)
     assert counted.adversarial is not None
     assert counted.adversarial.peak_bytes == pytest.approx(measured_peak(task, MICRO_BATCH), rel=0.02)
@@ -57,7 +57,7 @@ def test_peak_is_what_the_allocator_saw(recipe_file: Path, tmp_path: Path, phase
 
 def test_parts_are_those_of_the_task(recipe_file: Path) -> None:
     recipe = load_recipe(PhaseRecipe, recipe_file, CHANGES)
-    task = ReconstructionTask("phase2", recipe)
+    task = ReconstructionTask("phase2", recipe, [])
     parts = {part.name: part for part in footprint("phase2", recipe, task.tokenizer.config, 2).parts}
     for name in ("encoder", "fusion", "decoder"):
         module = getattr(task.tokenizer, name)
@@ -73,7 +73,7 @@ def test_parts_are_those_of_the_task(recipe_file: Path) -> None:
 
 def test_operations_are_those_of_the_modules(recipe_file: Path) -> None:
     recipe = load_recipe(PhaseRecipe, recipe_file, [*CHANGES, "loss.adversarial=0", "loss.perceptual=0"])
-    task = ReconstructionTask("phase1", recipe)
+    task = ReconstructionTask("phase1", recipe, [])
     counted = footprint("phase1", recipe, TINY, 2).plain.operations
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         task.tokenizer.tokens(torch.rand(2, 3, 32, 32))

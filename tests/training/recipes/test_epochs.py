@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from training.errors import DataError, RecipeError
-from training.recipes.epochs import resolve_epochs
+import training.data.sources
+from training.errors import RecipeError
+from training.recipes.epochs import Epochs
 from training.recipes.generator import GeneratorRecipe
-from training.recipes.recipe import DistillationRecipe, PhaseRecipe, load_recipe
+from training.recipes.recipe import DistillationRecipe, PhaseRecipe, in_steps, load_recipe
+from training.run import run_phase
 from training.studies.sweep import SweepRecipe
 
 RECIPES = Path(__file__).parents[3] / "training" / "recipes"
@@ -19,40 +21,58 @@ def test_epochs_become_steps_of_the_listed_images(recipe_file: Path) -> None:
         "num_steps=5 epochs",
         "optimizer.warmup_steps=0.5 epoch",
         "discriminator.start_step=1 epochs",
+        "discriminator.adversarial_start_step=2 epochs",
     ]
-    recipe = load_recipe(
-        PhaseRecipe, recipe_file, [*overrides, "discriminator.adversarial_start_step=2 epochs"]
-    )
-    # Twelve images, four a step.
+    read = load_recipe(PhaseRecipe, recipe_file, overrides)
+    assert read.num_steps == Epochs(5)
+    assert read.optimizer.warmup_steps == Epochs(0.5)
+    recipe = in_steps(read, 12)  # four images per step
     assert (recipe.num_steps, recipe.optimizer.warmup_steps) == (15, 2)
     assert (recipe.discriminator.start_step, recipe.discriminator.adversarial_start_step) == (3, 6)
+    assert in_steps(recipe, 1000) is recipe
 
 
-def test_stated_number_of_images_needs_no_data() -> None:
-    fields = {"num_steps": "100 epochs", "data": {"train": ["/nowhere"], "num_images": IMAGENET}}
-    assert resolve_epochs(fields, 512)["num_steps"] == 250_228
-    assert fields["num_steps"] == "100 epochs"
+def test_reading_a_recipe_lists_nothing(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.sources._walk", lambda *_: pytest.fail("a folder was listed"))
+    load_recipe(PhaseRecipe, recipe_file, ["num_steps=2 epochs"])
 
 
-def test_steps_stay_steps() -> None:
-    assert resolve_epochs({"num_steps": 7, "name": "3 epochs"}, 512) == {"num_steps": 7, "name": "3 epochs"}
+def test_a_run_lists_its_training_images_once(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, walk = [], training.data.sources._walk
+    monkeypatch.setattr(
+        "training.data.sources._walk", lambda folder, *rest: listed.append(folder) or walk(folder, *rest)
+    )
+    changes = ["num_steps=1 epochs", "data.crops_per_image=1", f"cache.directory={recipe_file.parent / 'c'}"]
+    run_phase("phase1", recipe_file, changes)
+    assert len(listed) == 2  # for training, and for validation
+
+
+def test_the_stated_number_of_images_counts(recipe_file: Path) -> None:
+    overrides = ["num_steps=100 epochs", f"data.num_images={IMAGENET}", "batch_size=512"]
+    assert in_steps(load_recipe(PhaseRecipe, recipe_file, overrides), 12).num_steps == 250_228
+
+
+def test_names_stay_names(recipe_file: Path) -> None:
+    recipe = in_steps(load_recipe(PhaseRecipe, recipe_file, ["num_steps=7", "name=3 epochs"]), 12)
+    assert (recipe.num_steps, recipe.name) == (7, "3 epochs")
 
 
 @pytest.mark.parametrize(
-    ("override", "error", "message"),
+    ("override", "message"),
     [
-        ("num_steps=2 eons", RecipeError, r"recipe\.yaml: field 'num_steps'"),
-        ("num_steps=0 epochs", RecipeError, r"recipe\.yaml: field 'num_steps'"),
-        ("data.num_images=0", RecipeError, r"recipe\.yaml: field 'data'"),
-        ("batch_size=none", RecipeError, r"recipe\.yaml: field 'batch_size'"),
-        ("data.train=[/nowhere]", DataError, "/nowhere does not exist"),
+        ("num_steps=2 eons", r"recipe\.yaml: field 'num_steps'"),
+        ("num_steps=0 epochs", r"recipe\.yaml: field 'num_steps'"),
+        ("data.num_images=0", r"recipe\.yaml: field 'data.num_images'"),
+        ("batch_size=none", r"recipe\.yaml: field 'batch_size'"),
+        ("num_steps=0.001 epochs", "field 'num_steps'"),
+        ("discriminator.start_step=-1", "field 'discriminator.start_step'"),
     ],
 )
-def test_what_cannot_be_counted(
-    recipe_file: Path, override: str, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        load_recipe(PhaseRecipe, recipe_file, ["num_steps=2 epochs", override])
+def test_what_cannot_be_counted(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        in_steps(load_recipe(PhaseRecipe, recipe_file, ["num_steps=2 epochs", override]), 12)
+    with pytest.raises(RecipeError, match="field 'data'"):
+        in_steps(load_recipe(PhaseRecipe, recipe_file, ["num_steps=2 epochs"]), 0)
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
@@ -60,12 +80,13 @@ def test_recipes_are_valid(file: Path) -> None:
     kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe}
     kind = GeneratorRecipe if file.stem.startswith("dit-") else PhaseRecipe
     kind = kinds.get(file.stem.split("-")[-1], kind)
-    assert load_recipe(kind, file, []).name == file.stem
+    assert in_steps(load_recipe(kind, file, []), 1000).name == file.stem
 
 
 def test_full_size_recipes_say_what_the_papers_say() -> None:
     one, two, three = (
-        load_recipe(PhaseRecipe, RECIPES / f"dinov2-b-phase{number}.yaml", []) for number in (1, 2, 3)
+        in_steps(load_recipe(PhaseRecipe, RECIPES / f"dinov2-b-phase{number}.yaml", []), 12)
+        for number in (1, 2, 3)
     )
     for recipe in (one, two, three):
         assert (recipe.batch_size, recipe.ema_decay, recipe.preset) == (512, 0.9978, "dinov2-b")

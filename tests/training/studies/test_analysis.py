@@ -17,9 +17,10 @@ from training.data.batches import decode_image
 from training.errors import DataError
 from training.evaluation.histograms import ColumnMoments, Histogram, principal_components
 from training.evaluation.moments import FeatureMoments
-from training.studies.analysis import analyze, analyze_command
-from training.studies.analysis_summary import headline, summarize
+from training.studies.analysis import analyze_command
+from training.studies.measurements import analyze
 from training.studies.spectra import NUM_BANDS, SpectrumDifference, band_centres, log_spectrum
+from training.studies.summary import headline, summarize
 
 FIGURES = {"spectra.png", "router_maps.png", "router_layers.png", "components.png", "tokens.png"}
 

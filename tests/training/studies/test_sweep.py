@@ -11,12 +11,13 @@ import yaml
 from model.config import fusion_num_parameters
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY_FUSION
+from training.data.sources import list_samples
 from training.errors import RankError, RecipeError, TrainingError
 from training.evaluation.evaluate import evaluate_tokenizer
 from training.phases.trainer import Trainer
 from training.run import run_phase
+from training.studies.scaling import SweepPoint, fit_line, fit_scaling
 from training.studies.sweep import SweepRecipe, plan_sizes
-from training.studies.sweep_report import SweepPoint, fit_line, fit_scaling
 
 WIDTH = 32  # of the tiny encoder
 
@@ -95,13 +96,13 @@ def test_sweep_trains_every_size_alike_and_reports(
         run = output / "points" / "layers{num_layers:02d}-width{hidden_width:04d}-seed{seed}".format(**point)
         tokenizer = Tokenizer.load(run / "checkpoint")
         assert sum(p.numel() for p in tokenizer.fusion.parameters()) == point["num_parameters"]
-        report = evaluate_tokenizer(tokenizer, [photos], progress=False)
+        report = evaluate_tokenizer(tokenizer, list_samples([photos]), progress=False)
         assert report.psnr_db == pytest.approx(point["figures"]["psnr_db"], abs=1e-3)
         assert report.ssim == pytest.approx(point["figures"]["ssim"], abs=1e-4)
         assert point["figures"]["frechet_efficientnet_lite0"] > 0
         recipe = json.loads((run / "recipe.json").read_text())
         assert (recipe["num_steps"], recipe["batch_size"]) == (2, 4)
-    base = evaluate_tokenizer(Tokenizer.load(encoder_checkpoint), [photos], progress=False)
+    base = evaluate_tokenizer(Tokenizer.load(encoder_checkpoint), list_samples([photos]), progress=False)
     assert summary["baseline"]["psnr_db"] == pytest.approx(base.psnr_db, abs=1e-3)
     two_widths = summary["fits"]["width"]["psnr_db"]
     assert two_widths["num_points"] == 2

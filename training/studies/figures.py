@@ -4,9 +4,8 @@ Shape legend: N tokens, C latent width, L fused layers, h w latent grid, S image
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +18,8 @@ from torch import Tensor
 
 from training.evaluation.histograms import Histogram, principal_components
 from training.output.figures import save_figure
+from training.studies.measurements import Analysis
 from training.studies.spectra import band_centres
-
-if TYPE_CHECKING:
-    from training.studies.analysis import Analysis
 
 TILE_INCHES = 0.95
 DIVERGING = "RdBu_r"
@@ -34,22 +31,7 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """One photo with its latents, for the figures.
-
-    Attributes:
-        image: [3, S, S] in [0, 1].
-        tokens: by name, [N, C] each.
-        router_weights: [N, L], or None.
-    """
-
-    image: Tensor
-    tokens: dict[str, Tensor]
-    router_weights: Tensor | None
-
-
-def draw_figures(analysis: "Analysis", output: Path) -> list[str]:
+def draw_figures(analysis: Analysis, output: Path) -> list[str]:
     """Write every figure that applies under ``output``; gives the files' names."""
     drawings: dict[str, Callable[[Analysis], Figure]] = {"spectra.png": draw_spectra}
     if analysis.router is not None:
@@ -62,7 +44,7 @@ def draw_figures(analysis: "Analysis", output: Path) -> list[str]:
     return list(drawings)
 
 
-def draw_spectra(analysis: "Analysis") -> Figure:
+def draw_spectra(analysis: Analysis) -> Figure:
     """Difference maps on one scale, and their radial profiles."""
     parts = analysis.spectra
     limit = max(float(torch.quantile(part.map.abs().flatten()[::7], 0.995)) for part in parts.values())
@@ -88,7 +70,7 @@ def draw_spectra(analysis: "Analysis") -> Figure:
     return figure
 
 
-def draw_router_maps(analysis: "Analysis") -> Figure:
+def draw_router_maps(analysis: Analysis) -> Figure:
     """Router weights ``w / |w|`` of each fused layer over a few photos; one colour scale for all."""
     layers = analysis.tokenizer.config.fused_layers
     maps = [
@@ -110,7 +92,7 @@ def draw_router_maps(analysis: "Analysis") -> Figure:
     return figure
 
 
-def draw_router_layers(analysis: "Analysis") -> Figure:
+def draw_router_layers(analysis: Analysis) -> Figure:
     """Mean, spread and sign of each layer's router weights over all tokens."""
     router, unit = analysis.router, analysis.router_unit
     assert router is not None
@@ -131,7 +113,7 @@ def draw_router_layers(analysis: "Analysis") -> Figure:
     return figure
 
 
-def draw_components(analysis: "Analysis") -> Figure:
+def draw_components(analysis: Analysis) -> Figure:
     """First three principal components as red, green and blue; each latent's basis is that of all photos."""
     figure, axes = _tiles(len(analysis.components) + 1, len(analysis.shown), label_inches=1.1)
     axes[0, 0].set_ylabel("photo", fontsize=8)
@@ -151,7 +133,7 @@ def draw_components(analysis: "Analysis") -> Figure:
     return figure
 
 
-def draw_tokens(analysis: "Analysis") -> Figure:
+def draw_tokens(analysis: Analysis) -> Figure:
     """Histograms per token: cosines with z_base, and norms."""
     panels = [p for p in (analysis.angles, analysis.norms) if p]
     figure, axes = plt.subplots(
@@ -182,7 +164,7 @@ def _tiles(num_rows: int, num_columns: int, label_inches: float = 0.4) -> tuple[
     return figure, axes
 
 
-def _grid(analysis: "Analysis", tokens: Tensor) -> npt.NDArray[Any]:
+def _grid(analysis: Analysis, tokens: Tensor) -> npt.NDArray[Any]:
     """Values per token [N, K] on the latent grid, [h, w, K]."""
     rows, columns = analysis.tokenizer.config.latent_shape[1:]
     grid: npt.NDArray[Any] = tokens.unflatten(0, (rows, columns)).numpy()

@@ -1,15 +1,13 @@
 """The numbers of an analysis, as ``analysis.json`` holds them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from model.tokenizer import Tokenizer
 from training.evaluation.histograms import Histogram, principal_components
+from training.studies.measurements import Analysis
 from training.studies.spectra import band_centres
-
-if TYPE_CHECKING:
-    from training.studies.analysis import Analysis
 
 NUM_COMPONENTS = 10
 NO_FUSION = "the checkpoint has no fusion"
@@ -31,7 +29,7 @@ DEFINITIONS = {
 }
 
 
-def summarize(analysis: "Analysis") -> dict[str, Any]:
+def summarize(analysis: Analysis) -> dict[str, Any]:
     """Figures, definitions, and why a part that does not apply is null."""
     fusion = analysis.tokenizer.config.fusion
     absent = {}
@@ -77,7 +75,7 @@ def _identity(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _spectra(analysis: "Analysis") -> dict[str, Any]:
+def _spectra(analysis: Analysis) -> dict[str, Any]:
     return {
         "band_centres_cycles_per_pixel": _rounded(band_centres()),
         "reconstructions": {
@@ -93,7 +91,7 @@ def _spectra(analysis: "Analysis") -> dict[str, Any]:
     }
 
 
-def _router(analysis: "Analysis") -> list[dict[str, Any]] | None:
+def _router(analysis: Analysis) -> list[dict[str, Any]] | None:
     router, unit = analysis.router, analysis.router_unit
     if router is None or unit is None:
         return None
@@ -113,7 +111,7 @@ def _router(analysis: "Analysis") -> list[dict[str, Any]] | None:
     ]
 
 
-def _components(analysis: "Analysis") -> dict[str, Any]:
+def _components(analysis: Analysis) -> dict[str, Any]:
     parts = {}
     for name, moments in analysis.components.items():
         components = principal_components(moments)
