@@ -37,7 +37,7 @@ format: $(VENV)/.dev  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 
 mini: $(VENV)/.dev  ## retrain the bundled checkpoint (DRORAE_DATA names the image packs)
-	PYTHON=$(BIN)/python training/recipes/mini.sh
+	PYTHON=$(BIN)/python training/mini.sh
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> "_Job":
-    from training.phases.optimizer import resolve_device
+    from training.distributed.device import resolve_device
 
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
     generator = Generator.load(arguments.checkpoint, device, dtype)

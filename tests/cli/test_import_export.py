@@ -65,6 +65,7 @@ def test_parts_become_a_checkpoint(run, encoder_folder, decoder_file, tmp_path):
 
 
 def test_phase_2_starts_from_an_import(run, autoencoder_folder, photos, tmp_path):
+    from training.data.sources import list_samples
     from training.phases.reconstruction import ReconstructionTask
     from training.recipes.recipe import DataConfig, PhaseRecipe
 
@@ -79,7 +80,7 @@ def test_phase_2_starts_from_an_import(run, autoencoder_folder, photos, tmp_path
         loss={"perceptual": 0, "adversarial": 0},
         fusion=FusionConfig(num_layers=2, hidden_width=16, num_heads=2),
     )
-    task = ReconstructionTask("phase2", recipe, [])
+    task = ReconstructionTask("phase2", recipe, list_samples([photos]))
     assert task.tokenizer.config.fusion == recipe.fusion
     source = Tokenizer.load(tmp_path / "imported")
     before = {name: tensor.clone() for name, tensor in task.tokenizer.fusion.state_dict().items()}

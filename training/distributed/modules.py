@@ -4,6 +4,7 @@ DDP keeps whole parameters on every rank; FSDP2 keeps a shard of each of the dec
 What a checkpoint stores is whole in both, under the names of the plain module.
 """
 
+import hashlib
 import inspect
 import logging
 import warnings
@@ -186,3 +187,12 @@ def _moment(value: Tensor, parameter: Tensor, name: str) -> Tensor:
     if value.shape != parameter.shape:
         raise ValueError(f"the optimizer's state of {name!r} has shape {list(value.shape)}")
     return like(value, parameter)
+
+
+def module_sha256(module: nn.Module) -> str:
+    """Digest of a module's names and values, whatever device they are on, sharded or not."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

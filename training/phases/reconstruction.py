@@ -7,7 +7,6 @@ Shape legend: B batch, N tokens, C latent width, S image side.
 """
 
 import copy
-import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,8 @@ from training.distributed.modules import (
     is_sharded,
     load_whole_optimizer_state,
     load_whole_state,
+    module_sha256,
     shard_decoder,
-    whole,
     whole_optimizer_state,
     whole_state,
 )
@@ -391,12 +390,3 @@ class ReconstructionTask(Task[Batch]):
             if part is not None and name not in self.trained_parts:
                 digests[name] = module_sha256(part)
         return digests
-
-
-def module_sha256(module: nn.Module) -> str:
-    """Digest of a module's names and values, whatever device they are on, sharded or not."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

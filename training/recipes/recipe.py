@@ -1,20 +1,51 @@
 """Recipes: the typed configuration of every phase, read from YAML with overrides.
 
 A recipe is complete: the run directory keeps a copy, and with the same data it gives the same weights.
+
+Fields that count steps may be given in epochs of the training data: ``num_steps: 16 epochs``. They stay
+`Epochs` until the images are listed; `in_steps` then replaces them by ``epochs * images / batch_size`` steps.
 """
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from model.config import PRESETS, FrozenConfig, FusionConfig
 from model.spelling import suggest
 from training.errors import RecipeError
-from training.recipes.epochs import PositiveSteps, Steps, has_epochs, steps_of
 
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*")
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """A duration in passes over the training images."""
+
+    count: float
+
+
+def _epochs_or_steps(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+    found = _PATTERN.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return validate(value)
+    return Epochs(float(found[1])) if float(found[1]) else validate(0)
+
+
+# The type of a field that counts optimizer steps: an int, or `Epochs` in a recipe that was just read.
+Steps = Annotated[int, Field(ge=0), WrapValidator(_epochs_or_steps)]
+PositiveSteps = Annotated[int, Field(ge=1), WrapValidator(_epochs_or_steps)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -118,10 +149,7 @@ class FusionStartConfig(FrozenConfig):
 
 
 class BaseRecipe(FrozenConfig):
-    """What every phase needs.
-
-    Fields that count steps may be given in epochs of the training data: ``num_steps: 16 epochs``.
-    """
+    """What every phase needs."""
 
     name: str = Field("run", min_length=1, description="Name of the run.")
     output: Path = Field(description="Run directory.")
@@ -236,15 +264,34 @@ def in_steps(recipe: RecipeType, num_listed: int) -> RecipeType:
     Raises:
         RecipeError: a duration is too short for one step; names the field.
     """
-    if not has_epochs(recipe):
+    if not _has_epochs(recipe):
         return recipe
     num_images = recipe.data.num_images or num_listed
     if not num_images:
         raise RecipeError("field 'data': durations in epochs need images in data.train, or data.num_images")
     try:
-        return type(recipe).model_validate(steps_of(recipe, num_images / recipe.batch_size))
+        return type(recipe).model_validate(_steps_of(recipe, num_images / recipe.batch_size))
     except ValidationError as exc:
         raise RecipeError(_describe(exc, type(recipe))) from exc
+
+
+def _has_epochs(section: BaseModel) -> bool:
+    """Whether a recipe still holds durations in epochs, at any depth."""
+    return any(
+        _has_epochs(value) if isinstance(value, BaseModel) else isinstance(value, Epochs)
+        for _, value in section
+    )
+
+
+def _steps_of(section: BaseModel, steps_per_epoch: float) -> dict[str, Any]:
+    """The fields of a recipe, durations in steps."""
+    fields: dict[str, Any] = dict(section)
+    for name, value in section:
+        if isinstance(value, Epochs):
+            fields[name] = round(value.count * steps_per_epoch)
+        elif isinstance(value, BaseModel) and _has_epochs(value):
+            fields[name] = _steps_of(value, steps_per_epoch)
+    return fields
 
 
 def _describe(problem: ValidationError, kind: type[BaseModel]) -> str:

@@ -17,9 +17,9 @@ import torch
 
 from model.tokenizer import Tokenizer
 from tests.training.conftest import encode_png, make_image
+from training.distributed.modules import module_sha256
 from training.errors import DataError, RecipeError, TrainingError
 from training.phases import starting_point as starting
-from training.phases.reconstruction import module_sha256
 from training.run import run_phase
 
 

@@ -6,9 +6,8 @@ import pytest
 
 import training.data.sources
 from training.errors import RecipeError
-from training.recipes.epochs import Epochs
 from training.recipes.generator import GeneratorRecipe
-from training.recipes.recipe import DistillationRecipe, PhaseRecipe, in_steps, load_recipe
+from training.recipes.recipe import DistillationRecipe, Epochs, PhaseRecipe, in_steps, load_recipe
 from training.run import run_phase
 from training.studies.sweep import SweepRecipe
 
