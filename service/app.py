@@ -1,16 +1,25 @@
 """The ASGI application."""
 
 import asyncio
+import functools
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import torch
-from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 from model.tokenizer import Tokenizer
-from service.api.openapi import install_openapi
-from service.api.pipeline import Pipeline
-from service.api.routes import operations, router, service_version
+from service.api.endpoints import ENDPOINTS
+from service.api.openapi import DOCS_PAGE, describe
+from service.api.parts import Parts
+from service.api.routes import service_version
+from service.codecs.media_types import JSON
 from service.engine.devices import load_tokenizer
 from service.engine.engine import Engine, Load
 from service.http.keys import ApiKeys
@@ -21,19 +30,14 @@ from service.http.middleware import (
     GateMiddleware,
     RequestMiddleware,
 )
-from service.http.problems import install_handlers
+from service.http.problems import answer_http_exception
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.spans import SpanExport
 from service.telemetry.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
 
-_DESCRIPTION = (
-    "Image tokenizer: images to latents, enriched by fusing the layers of a frozen vision transformer, "
-    "and back. "
-    "Formats are chosen by `Accept` or `?format=`. Errors are problem documents (RFC 9457)."
-)
 _LAST_BATCH_S = 0.3
-_NAMED_ROUTES = ("/encode", "/decode", "/reconstruct", "/info", "/livez", "/readyz", "/metrics", "/docs")
+_DOCS_PATH = "/docs"
 _CORS_METHODS = ("GET", "HEAD", "POST")
 _TRACE_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
 _CORS_ALLOWED = ("Authorization", "Content-Type", REQUEST_ID_HEADER, TIMEOUT_HEADER, *_TRACE_HEADERS)
@@ -47,7 +51,7 @@ def create_app(
     load: Load = load_tokenizer,
     on_failure: Callable[[], None] | None = None,
     on_ready: Callable[[], None] | None = None,
-) -> FastAPI:
+) -> Starlette:
     """Build the application; the model loads in the background once the server starts it.
 
     Args:
@@ -68,61 +72,76 @@ def create_app(
         on_failure=on_failure,
         on_ready=on_ready,
     )
-    pipeline = Pipeline(settings, engine, metrics)
+    parts = Parts(settings, engine, metrics)
     keys = ApiKeys(settings)
     spans = SpanExport(settings.otlp_endpoint, service_version()) if settings.otlp_endpoint else None
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         torch.set_num_threads(1)  # of the event loop's thread, whose few tensor operations are small
         engine.start()
-        await pipeline.decoders.start()
+        await parts.decoders.start()
         yield
         # Every request has been answered by now; a batch that nobody waits for may still run.
-        await asyncio.gather(asyncio.to_thread(engine.close, _LAST_BATCH_S), pipeline.close())
+        await asyncio.gather(asyncio.to_thread(engine.close, _LAST_BATCH_S), parts.close())
         if spans is not None:
             await asyncio.to_thread(spans.close)
 
-    app = FastAPI(
-        title="DRoRAE",
-        version=service_version(),
-        description=_DESCRIPTION,
+    app = Starlette(
+        routes=_routes(keys.required),
+        middleware=_middleware(settings, parts, keys, spans),
+        exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,
-        redirect_slashes=False,
-        redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours: service.telemetry
     )
-    app.state.pipeline = pipeline
-    app.router.routes += [*operations.routes, *router.routes]  # FastAPI's own inclusion costs each request
-    install_handlers(app)
-    install_openapi(app, keys_required=keys.required)
-    _add_middleware(app, settings, pipeline, keys, spans)
+    app.router.redirect_slashes = False
+    app.state.parts = parts
     return app
 
 
-def _add_middleware(
-    app: FastAPI, settings: Settings, pipeline: Pipeline, keys: ApiKeys, spans: SpanExport | None
-) -> None:
-    """Each one goes around those before it."""
-    app.add_middleware(
+def _routes(keys_required: bool) -> list[Route]:
+    document = functools.cache(lambda: json.dumps(describe(service_version(), keys_required)))
+
+    async def openapi(request: Request) -> Response:
+        return Response(document(), media_type=JSON)
+
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(DOCS_PAGE)
+
+    return [
+        *(Route(endpoint.path, endpoint.handler, methods=[endpoint.method]) for endpoint in ENDPOINTS),
+        Route("/openapi.json", openapi),
+        Route(_DOCS_PATH, docs),
+    ]
+
+
+def _middleware(
+    settings: Settings, parts: Parts, keys: ApiKeys, spans: SpanExport | None
+) -> list[Middleware]:
+    """The outermost first."""
+    layers = [
+        Middleware(
+            RequestMiddleware,
+            request_timeout_s=settings.request_timeout_s,
+            metrics=parts.metrics,
+            routes=[*(endpoint.path for endpoint in ENDPOINTS), _DOCS_PATH],
+            on_end=spans.add if spans is not None else None,
+            is_closing=lambda: parts.engine.closing,
+        )
+    ]
+    if settings.cors_origins:
+        layers.append(
+            Middleware(
+                CrossOriginMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=_CORS_METHODS,
+                allow_headers=_CORS_ALLOWED,
+                expose_headers=_CORS_EXPOSED,
+            )
+        )
+    gate = Middleware(
         GateMiddleware,
         keys=keys,
         max_request_timeout_s=settings.max_request_timeout_s,
         retry_after_s=settings.retry_after_s,
     )
-    if settings.cors_origins:
-        app.add_middleware(
-            CrossOriginMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=_CORS_METHODS,
-            allow_headers=_CORS_ALLOWED,
-            expose_headers=_CORS_EXPOSED,
-        )
-    app.add_middleware(
-        RequestMiddleware,
-        request_timeout_s=settings.request_timeout_s,
-        metrics=pipeline.metrics,
-        routes=_NAMED_ROUTES,
-        on_end=spans.add if spans is not None else None,
-        is_closing=lambda: pipeline.engine.closing,
-    )
+    return [*layers, gate]

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
-from service.api.pipeline import Pipeline
+from service.api.parts import Parts
 from service.app import create_app
 from service.engine.devices import load_tokenizer
 from service.engine.engine import Load
@@ -46,14 +46,14 @@ class Server(uvicorn.Server):
     refused with an answer instead of a reset. Then it closes what is idle, and ends.
     """
 
-    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, drain_timeout_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, parts: Parts, drain_timeout_s: float) -> None:
         super().__init__(config)
-        self._pipeline = pipeline
+        self._parts = parts
         self._drain_timeout_s = drain_timeout_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new work, finish what was accepted, stop."""
-        engine, admission = self._pipeline.engine, self._pipeline.admission
+        engine, admission = self._parts.engine, self._parts.admission
         engine.start_draining()
         logger.info("draining: %d requests in flight", admission.num_requests)
         deadline_s = time.monotonic() + self._drain_timeout_s
@@ -75,12 +75,12 @@ class Server(uvicorn.Server):
     async def _give_up(self) -> None:
         """Answer 503 to what is not done, wherever it is; end answers that are not read in time."""
         stopped = UnavailableError(
-            "The service stopped before this was done.", self._pipeline.engine.unavailable().headers
+            "The service stopped before this was done.", self._parts.engine.unavailable().headers
         )
         logger.error(
-            "the drain deadline passed: %d requests are given up", self._pipeline.admission.num_requests
+            "the drain deadline passed: %d requests are given up", self._parts.admission.num_requests
         )
-        self._pipeline.engine.fail_jobs(stopped)
+        self._parts.engine.fail_jobs(stopped)
         await asyncio.sleep(_DRAIN_INTERVAL_S)
         for connection in list(self.server_state.connections):
             if isinstance(connection, BoundedHttpProtocol):
@@ -138,15 +138,15 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
     except StartError as exc:
         listener.close()
         return _fail(str(exc), EXIT_MODEL)
-    pipeline = app.state.pipeline
-    config = uvicorn_config(app, settings, pipeline.metrics)
-    server = Server(config, pipeline, settings.drain_timeout_s)
+    parts: Parts = app.state.parts
+    config = uvicorn_config(app, settings, parts.metrics)
+    server = Server(config, parts, settings.drain_timeout_s)
     sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
     sys.stdout.flush()
     others = set(threading.enumerate())
     server.run(sockets=[listener])
     _left_behind.extend(set(threading.enumerate()) - others)
-    engine = pipeline.engine
+    engine = parts.engine
     if engine.failure is not None:
         return _fail(engine.failure, EXIT_ENGINE if engine.broken else EXIT_MODEL)
     return EXIT_OK
@@ -155,7 +155,7 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
 def _set_aside() -> None:
     """Keep what is loaded by now out of garbage collections, which stop every thread while they look at it.
 
-    PyTorch and FastAPI alone are some hundred thousand objects: a full collection takes 0.1 s and more.
+    PyTorch and pydantic alone are some hundred thousand objects: a full collection takes 0.1 s and more.
     """
     gc.collect()
     gc.freeze()
@@ -186,7 +186,7 @@ def leave_if_stuck(status: int) -> None:
         os._exit(status)
 
 
-def uvicorn_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+def uvicorn_config(app: Starlette, settings: Settings, metrics: Metrics) -> uvicorn.Config:
     """How uvicorn serves the application: its loop, its parser with our bounds, its timeouts."""
     return uvicorn.Config(
         app,

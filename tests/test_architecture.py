@@ -57,7 +57,8 @@ ROOMS = {
 SEPARATE = {"cli/commands"}
 # Which packages and rooms may import a library that says something of its user.
 LIBRARIES = {
-    "fastapi starlette": "service/app service/server service/api service/http service/codecs benchmarks",
+    "fastapi": "benchmarks",
+    "starlette": "service/app service/server service/api service/http benchmarks",
     "uvicorn": "service/server service/http benchmarks",
     "httptools": "service/http",
     "httpx": "cli/remote benchmarks",

@@ -11,8 +11,8 @@ import torch
 from cli import files
 from cli.errors import UsageError
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
+from service.codecs.answers import Origin, latents_answer
 from service.codecs.media_types import NPY, SAFETENSORS
-from service.codecs.responses import Origin, latents_answer
 from service.codecs.schemas import EncodeOptions
 from service.engine.devices import load_tokenizer
 
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     latents_NChw = torch.cat(encoded)
     options = EncodeOptions(dtype=arguments.dtype, latent=arguments.latent, normalize=arguments.normalize)
     answer = latents_answer(latents_NChw, media_type, options, Origin.of(tokenizer))
-    files.write_file(output, bytes(answer.body))
+    files.write_file(output, answer.content)
     skipped = f", {reader.num_broken} photos skipped" if reader.num_broken else ""
     shape = list(latents_NChw.shape)
     files.say(f"{output}: {arguments.latent} latents {shape}, {arguments.dtype}{skipped}", output)

@@ -1,21 +1,15 @@
-"""Query options: read once for each distinct query, and routes that read them so.
-
-FastAPI describes the options in the OpenAPI document. Reading them itself, it would inspect every field's
-type on every request, which takes longer than all else that the event loop does for one.
-"""
+"""Query options: read once per distinct query, and held to what the model can do."""
 
 import functools
-import inspect
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast
 from urllib.parse import parse_qsl
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.requests import Request
 
-from service.codecs.schemas import CommonOptions
+from model.tokenizer import Tokenizer
+from service.codecs.schemas import CommonOptions, EncodeOptions, PictureOutOptions
 from service.errors import OptionError, describe_validation
 
 Options = TypeVar("Options", bound=CommonOptions)
@@ -25,31 +19,74 @@ _MAX_CACHED_BYTES = 512
 _REPEATABLE = "shape"
 
 
-class OptionsRoute(APIRoute):
-    """A route whose endpoint takes the request, and the options that its signature describes."""
-
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """What runs for a request: FastAPI's own way to take its part over."""
-        endpoint = self.endpoint
-        annotation = inspect.signature(endpoint).parameters["options"].annotation
-        model = cast(type[CommonOptions], annotation.__origin__)  # of Annotated[model, Query()]
-
-        async def handle(request: Request) -> Response:
-            response: Response = await endpoint(request, read_options(model, request.scope["query_string"]))
-            return response
-
-        return handle
-
-
-def read_options(model: type[Options], query: bytes) -> Options:
-    """The options of a query string, which clients repeat: frozen, so that requests can share them.
+def read_options(model: type[Options], request: Request) -> Options:
+    """The options of a request's query. They are frozen, since requests with equal queries share them.
 
     Raises:
         OptionError: an unknown, repeated or impossible option; names it.
     """
+    query: bytes = request.scope["query_string"]
     if len(query) > _MAX_CACHED_BYTES:
         return _parse(model, query)
     return cast(Options, _parse_cached(model, query))
+
+
+def check_scaling(options: CommonOptions) -> None:
+    """Refuse the scaling that diffusers asks for by default.
+
+    Raises:
+        OptionError: a factor other than the neutral one.
+    """
+    if options.do_scaling:
+        raise OptionError(
+            "The option do_scaling=true is impossible, these latents have no scaling factor: "
+            "pass do_scaling=False (in diffusers, remote_decode(..., do_scaling=False))."
+        )
+    for name, neutral in (("scaling_factor", 1.0), ("shift_factor", 0.0)):
+        value = getattr(options, name)
+        if value is not None and value != neutral:
+            raise OptionError(
+                f"The option {name}={value:g} is impossible, these latents have no scale and no shift: "
+                f"leave it out, or pass do_scaling=False."
+            )
+
+
+def check_normalize(options: EncodeOptions, tokenizer: Tokenizer) -> None:
+    """Refuse to normalise where the statistics are missing, or describe other latents.
+
+    Raises:
+        OptionError: ``normalize=true`` is impossible.
+    """
+    if not options.normalize:
+        return
+    check_statistics(tokenizer)
+    if options.latent == "base":
+        raise OptionError("normalize=true needs latent=enriched: the statistics describe enriched latents.")
+
+
+def check_statistics(tokenizer: Tokenizer) -> None:
+    """Refuse normalised latents where the checkpoint has no statistics.
+
+    Raises:
+        OptionError: it has none.
+    """
+    if not tokenizer.has_statistics:
+        raise OptionError("Latents cannot be normalised: this checkpoint has no latent statistics.")
+
+
+def check_picture_size(options: PictureOutOptions, tokenizer: Tokenizer) -> None:
+    """Refuse a size of pictures other than the model's.
+
+    Raises:
+        OptionError: ``height`` or ``width`` differs.
+    """
+    side = tokenizer.config.image_size
+    for name in ("height", "width"):
+        value = getattr(options, name)
+        if value is not None and value != side:
+            raise OptionError(
+                f"The option {name}={value} is impossible: this model's pictures are {side}x{side}."
+            )
 
 
 def _parse(model: type[Options], query: bytes) -> Options:

@@ -3,6 +3,7 @@
 Shape legend: N items, C h w one latent, S image side.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,13 +56,17 @@ _READING_COPIES = {MULTIPART: 2, JSON: 2, RAW: 3, NPY: 3, SAFETENSORS: 3}
 _BYTES_OF_JSON_NUMBER = 7  # while it is read: in float32, and twice in the skeleton of the lists
 
 
-@dataclass(frozen=True)
+@dataclass
 class Payload:
     """A body with what its headers say of it; ``media_type`` is empty where they say nothing."""
 
     data: bytes
     media_type: str
     boundary: bytes | None = None
+
+    def release(self) -> None:
+        """Let go of the bytes once they were read, so that they take no memory while the model works."""
+        self.data = b""
 
 
 @dataclass(frozen=True)
@@ -105,16 +110,19 @@ def declared_items(options: CommonOptions, max_items: int) -> int:
     return num_items
 
 
-def reading_bytes(kind: str, body_bytes: int, max_numbers: int = 0) -> int:
+def reading_bytes(
+    kind: str, body_bytes: int, max_items: int = 0, latent_shape: Sequence[int] | None = None
+) -> int:
     """Most memory that reading a body takes, the body included.
 
     Args:
         kind: media type that it is read as.
         body_bytes: its size.
-        max_numbers: of a body of latents, most numbers that it may hold.
+        max_items: of a body of latents, most items that it may hold.
+        latent_shape: of a body of latents, [C, h, w] of each item.
     """
-    if kind == JSON and max_numbers:
-        num_numbers = min(max_numbers, body_bytes // len("0,"))
+    if kind == JSON and latent_shape is not None:
+        num_numbers = min(max_items * math.prod(latent_shape), body_bytes // len("0,"))
         return body_bytes + _BYTES_OF_JSON_NUMBER * num_numbers
     return _READING_COPIES.get(kind, 1) * body_bytes
 

@@ -1,14 +1,13 @@
-"""Errors to RFC 9457 problem documents; those of FastAPI, Starlette and the model package are translated here
-and nowhere else."""
+"""Errors to RFC 9457 problem documents. Starlette's and the model package's errors are translated here."""
 
 import json
 import logging
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from model.errors import ModelError
 from service.errors import (
@@ -86,18 +85,9 @@ def problem_response(error: Exception, context: RequestContext) -> JSONResponse:
     )
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Make every error that reaches FastAPI a problem document.
-
-    Unexpected exceptions pass through to the outermost middleware, which answers with a 500.
-    """
-
-    # A coroutine: what is none would wait for one of the framework's 40 threads, under overload above all.
-    async def handle(request: Request, error: Exception) -> JSONResponse:
-        return problem_response(error, request.state.context)
-
-    for kind in (ServiceError, ModelError, HTTPException):
-        app.add_exception_handler(kind, handle)
+async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's handler of its own errors, such as a path that does not exist."""
+    return problem_response(error, request.state.context)
 
 
 def _log_unexpected(message: str, error: Exception, request_id: str) -> None:

@@ -27,6 +27,8 @@ class RequestContext:
         outcome: ``ok``, or the slug of the problem that was answered.
         stages: where the time went, in order: read, decode, queue, batch, device, encode.
         trace: where the request stands in a distributed trace.
+        abandoned: whether its client went away before the answer was written.
+        work: what ends once its answer is written, or cannot be.
         resources: what it gives back once its answer is sent.
     """
 
@@ -36,6 +38,8 @@ class RequestContext:
     outcome: str = "ok"
     stages: list[Stage] = field(default_factory=list)
     trace: TraceContext = field(default_factory=TraceContext.fresh)
+    abandoned: bool = False
+    work: ExitStack = field(default_factory=ExitStack)
     resources: ExitStack = field(default_factory=ExitStack)
 
     @contextmanager

@@ -81,7 +81,7 @@ class RunningServer:
 
     @property
     def engine(self) -> Any:
-        return self.app.state.pipeline.engine
+        return self.app.state.parts.engine
 
 
 Serve = Callable[..., Any]
@@ -90,8 +90,8 @@ Serve = Callable[..., Any]
 @contextmanager
 def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
     listener = listen("127.0.0.1", 0)
-    pipeline = app.state.pipeline
-    config = uvicorn_config(app, pipeline.settings, pipeline.metrics)
+    parts = app.state.parts
+    config = uvicorn_config(app, parts.settings, parts.metrics)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -100,7 +100,7 @@ def _serve(app: Any, wait_ready: bool = True) -> Iterator[RunningServer]:
     try:
         with httpx.Client(base_url=url, timeout=30) as client:
             client.get("/livez")  # waits in the socket's backlog until the server accepts
-            engine = app.state.pipeline.engine
+            engine = app.state.parts.engine
             if wait_ready:
                 assert engine.wait_until_settled(30)
                 while engine.failure is None and client.get("/readyz").status_code != 200:

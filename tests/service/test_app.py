@@ -33,11 +33,11 @@ def occupy(running: Any, num_items: int = 1) -> Job:
 
 
 def waiting_items(running: Any) -> float:
-    return running.app.state.pipeline.metrics.registry.get_sample_value("drorae_pending_items")
+    return running.app.state.parts.metrics.registry.get_sample_value("drorae_pending_items")
 
 
 def pending_bytes(running: Any) -> float:
-    return running.app.state.pipeline.metrics.registry.get_sample_value("drorae_pending_bytes")
+    return running.app.state.parts.metrics.registry.get_sample_value("drorae_pending_bytes")
 
 
 def base64_of(data: bytes) -> str:
@@ -210,7 +210,7 @@ def test_unexpected_errors_are_problems_and_leak_nothing(
         raise RuntimeError("secret detail")
 
     with serve(create_app(Settings(), tokenizer)) as running:
-        monkeypatch.setattr("service.api.routes.split_images", fail)
+        monkeypatch.setattr("service.api.steps.split_images", fail)
         problem = check_problem(running.client.post("/encode", content=png), 500, "internal", "request_id")
         assert "secret" not in problem["detail"]
         monkeypatch.undo()
@@ -233,8 +233,8 @@ def test_draining(serve: Any, gated: Any, png: bytes, check_problem: Check) -> N
 
 def test_applications_do_not_share_metrics(tokenizer: Tokenizer) -> None:
     first, second = (create_app(Settings(), tokenizer) for _ in range(2))
-    first.state.pipeline.metrics.requests.labels("/encode", "ok").inc()
-    assert 'route="/encode"' not in second.state.pipeline.metrics.render().decode()
+    first.state.parts.metrics.requests.labels("/encode", "ok").inc()
+    assert 'route="/encode"' not in second.state.parts.metrics.render().decode()
 
 
 def test_works_without_lifespan_state(tokenizer: Tokenizer) -> None:

@@ -12,9 +12,9 @@ from starlette.requests import Request
 
 from model.tokenizer import Tokenizer
 from service.app import create_app
-from service.codecs.bodies import BodyLimits, read_body
 from service.engine.devices import resident_bytes
 from service.errors import DisconnectError, MalformedError, RequestTimeoutError, TooLargeError
+from service.http.bodies import BodyLimits, read_body
 from service.settings import Settings
 
 MIB = 2**20
@@ -82,7 +82,7 @@ def connect(running: Any) -> socket.socket:
 
 
 def pending_bytes(running: Any) -> float:
-    return running.app.state.pipeline.metrics.registry.get_sample_value("drorae_pending_bytes")
+    return running.app.state.parts.metrics.registry.get_sample_value("drorae_pending_bytes")
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -116,7 +116,7 @@ def test_bodies_that_have_not_come_take_no_room(
     with serve(create_app(Settings(), tokenizer)) as running, ExitStack() as stack:
         for _ in range(9):
             stack.enter_context(connect(running)).sendall(f"{HEAD}{declared}\r\n\r\n".encode())
-        in_flight = running.app.state.pipeline.admission
+        in_flight = running.app.state.parts.admission
         eventually(lambda: in_flight.num_requests == 9)
         assert pending_bytes(running) == 0
         assert running.client.post("/encode", content=png).status_code == 200
@@ -148,7 +148,7 @@ def test_memory_stays_within_the_limit(serve: Any, tokenizer: Tokenizer, png: by
             assert pending_bytes(running) <= limit
         assert most < limit + 48 * MIB
         assert running.client.post("/encode", content=png).status_code == 200
-        rejected = running.app.state.pipeline.metrics.rejected_requests.labels("bytes")._value.get()
+        rejected = running.app.state.parts.metrics.rejected_requests.labels("bytes")._value.get()
         assert rejected >= 24 - limit // (15 * MIB)
 
 
@@ -162,8 +162,8 @@ def test_answers_count_until_they_are_read(serve: Any, tokenizer: Tokenizer) -> 
             greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             greedy.sendall((request + latents) * 5)
             eventually(lambda: pending_bytes(running) == answer_bytes)
-            pipeline = running.app.state.pipeline
-            assert pipeline.admission.num_requests == 1
+            parts = running.app.state.parts
+            assert parts.admission.num_requests == 1
             time.sleep(0.2)
             assert pending_bytes(running) == answer_bytes
         eventually(lambda: pending_bytes(running) == 0)

@@ -88,7 +88,7 @@ class Running:
 
     @property
     def engine(self) -> Any:
-        return self._applications[0].state.pipeline.engine
+        return self._applications[0].state.parts.engine
 
     def serve(self, **settings: Any) -> tuple[int, Any]:
         """The exit status, and what the acting thread returned."""
@@ -174,7 +174,7 @@ def test_the_drain_ends_under_every_client(
             trickling.sendall(upload + b"abc")
             half.sendall(b"GET /livez HT")
             reader.sendall((decode + latents) * 5)
-            admission = applications[0].state.pipeline.admission
+            admission = applications[0].state.parts.admission
             deadline_s = time.monotonic() + 30
             while admission.num_requests < 3 or admission._bytes < 64 * 3 * 64 * 64 * 4:
                 assert time.monotonic() < deadline_s

@@ -208,7 +208,7 @@ def test_pipelined_requests_wait_as_bytes(serve: Any, gated: Any, png: bytes) ->
     """While the first one is with the model, no other has begun, and the client's next bytes are not read."""
     with serve(create_app(Settings(cpu_workers=1, batch_size=1), gated)) as running:
         address = running.client.base_url.host, running.client.base_url.port
-        in_flight = running.app.state.pipeline.metrics.requests_in_flight
+        in_flight = running.app.state.parts.metrics.requests_in_flight
         with socket.create_connection(address, timeout=30) as connection:
             connection.sendall(POST % (len(png), png) + GET * 500)
             assert gated.entered.acquire(timeout=30)

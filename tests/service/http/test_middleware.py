@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from model.tokenizer import Tokenizer
+from service.api import steps
 from service.app import create_app
 from service.errors import OptionError
 from service.http.keys import ApiKeys
@@ -55,7 +56,7 @@ def test_unexpected_failures_have_the_headers_too(
         raise RuntimeError("secret detail")
 
     with serve(create_app(Settings(cors_origins=ORIGIN), tokenizer)) as running:
-        monkeypatch.setattr("service.api.routes.split_images", fail)
+        monkeypatch.setattr("service.api.steps.split_images", fail)
         response = running.client.post("/encode", content=png, headers={"Origin": ORIGIN})
         check_problem(response, 500, "internal")
         assert response.headers["traceparent"]
@@ -93,17 +94,17 @@ def test_timeouts_that_are_not(values: list[str]) -> None:
         parse_timeout_s(values)
 
 
-def test_a_request_sets_its_deadline(serve: Any, gated: Any, png: bytes, check_problem: Check) -> None:
+def test_a_request_sets_its_deadline(
+    serve: Any, gated: Any, png: bytes, check_problem: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contexts: list[RequestContext] = []
     with serve(create_app(Settings(max_request_timeout_s=90, batch_size=1), gated)) as running:
-        pipeline = running.app.state.pipeline
-        admit = pipeline.admit
 
         def noting_admit(request: Any, *arguments: Any) -> Any:
             contexts.append(request.state.context)
-            return admit(request, *arguments)
+            return steps.admit(request, *arguments)
 
-        pipeline.admit = noting_admit
+        monkeypatch.setattr("service.api.routes.admit", noting_admit)
         late = running.client.post("/encode", content=png, headers={"X-Request-Timeout": "0.2"})
         check_problem(late, 504, "deadline-passed")
         gated.gate.set()

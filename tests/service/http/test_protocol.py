@@ -45,7 +45,7 @@ def read_answer(connection: socket.socket) -> bytes:
 
 
 def rejected(running: Any, reason: str) -> float:
-    counter = running.app.state.pipeline.metrics.rejected_connections
+    counter = running.app.state.parts.metrics.rejected_connections
     return float(counter.labels(reason)._value.get())
 
 
@@ -347,7 +347,7 @@ def test_a_client_that_ended_and_went_away_is_noticed(serve: Any, gated: Any, pn
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
         deadline_s = time.monotonic() + 30
-        while running.app.state.pipeline.admission.num_requests:
+        while running.app.state.parts.admission.num_requests:
             assert time.monotonic() < deadline_s
         gated.gate.set()
 
@@ -390,7 +390,7 @@ def test_mutated_requests(running: Any, address: Address, caplog: pytest.LogCapt
             assert part[:1] in b"1234" or part[:3] in (b"501", b"505"), (bytes(data), answer)
     assert not [entry for entry in caplog.records if entry.exc_info or entry.levelno >= logging.ERROR]
     assert httpx.get(f"http://{address[0]}:{address[1]}/livez").status_code == 200
-    in_flight = running.app.state.pipeline.metrics.requests_in_flight
+    in_flight = running.app.state.parts.metrics.requests_in_flight
     assert any(is_answered(address) and in_flight._value.get() == 0 for _ in range(1000))
 
 

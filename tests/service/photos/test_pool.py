@@ -470,7 +470,7 @@ def test_the_service_answers_while_its_decoders_are_killed(serve: Any, tokenizer
         expected = running.client.post("/encode", content=file)
         assert expected.status_code == 200
         for _ in range(3):
-            for pid in pids(running.app.state.pipeline.decoders):
+            for pid in pids(running.app.state.parts.decoders):
                 os.kill(pid, signal.SIGKILL)
             answer = running.client.post("/encode?format=raw", content=file)
             assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""Model outputs to responses in the format that was negotiated.
+"""Model outputs to the bytes of an answer, in the format that was negotiated.
 
 Shape legend: N items, C h w one latent, S image side.
 """
@@ -7,11 +7,10 @@ import io
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from fastapi import Response
 from torch import Tensor
 
 from model.images.similarity import psnr, ssim
@@ -36,6 +35,15 @@ from service.errors import OptionError
 _PICTURE_FORMATS: Mapping[str, PictureFormat] = {PNG: "png", JPEG: "jpeg", WEBP: "webp"}
 _EXTENSIONS: Mapping[PictureFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # equal pictures give equal bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: its bytes, their media type, and HTTP headers beyond it."""
+
+    content: bytes
+    media_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,8 @@ def latent_dtype(options: EncodeOptions) -> torch.dtype:
     return tensors.DTYPES[options.dtype]
 
 
-def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, origin: Origin) -> Response:
-    """Latents [N, C, h, w] float32 as a response.
+def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, origin: Origin) -> Answer:
+    """Latents [N, C, h, w] float32 as an answer.
 
     Raises:
         OptionError: a dtype that the format lacks, or that the numbers overflow.
@@ -89,8 +97,7 @@ def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, ori
             shape=list(narrowed.shape),
             latents=[],
         )
-        content = write_document(document, "latents", write_numbers(narrowed))
-        return Response(content, media_type=JSON)
+        return Answer(write_document(document, "latents", write_numbers(narrowed)), JSON)
     metadata = {
         **origin.metadata(),
         "normalized": str(options.normalize).lower(),
@@ -131,8 +138,8 @@ def pictures_answer(
     options: PictureOutOptions,
     origin: Origin,
     originals: Sequence[Tensor] = (),
-) -> Response:
-    """Pictures [N, 3, S, S] in [0, 1] as a response.
+) -> Answer:
+    """Pictures [N, 3, S, S] in [0, 1] as an answer.
 
     Args:
         pictures: what the model gave.
@@ -150,8 +157,8 @@ def pictures_answer(
     if media_type == JSON:
         return _json_pictures(files, picture_format, origin, pictures, originals)
     if media_type == ZIP or len(files) > 1:
-        return Response(_zip(files, _EXTENSIONS[picture_format]), media_type=ZIP)
-    return Response(files[0], media_type=media_type)
+        return Answer(_zip(files, _EXTENSIONS[picture_format]), ZIP)
+    return Answer(files[0], media_type)
 
 
 def picture_tensor(pictures: Tensor, options: PictureOutOptions) -> Tensor:
@@ -180,7 +187,7 @@ def _picture_dtype(options: PictureOutOptions) -> str:
     return "float16" if options.dtype in (None, "uint8") else options.dtype
 
 
-def _tensor_answer(name: str, tensor: Tensor, media_type: str, metadata: Mapping[str, str]) -> Response:
+def _tensor_answer(name: str, tensor: Tensor, media_type: str, metadata: Mapping[str, str]) -> Answer:
     headers = {"shape": str(list(tensor.shape)), "dtype": dtype_name(tensor.dtype)}
     if media_type == SAFETENSORS:
         content = tensors.write_safetensors(name, tensor, metadata)
@@ -188,7 +195,7 @@ def _tensor_answer(name: str, tensor: Tensor, media_type: str, metadata: Mapping
         content = tensors.write_npy(tensor)
     else:
         content = tensors.write_raw(tensor)
-    return Response(content, media_type=media_type, headers=headers)
+    return Answer(content, media_type, headers)
 
 
 def _json_pictures(
@@ -197,7 +204,7 @@ def _json_pictures(
     origin: Origin,
     pictures: Tensor,
     originals: Sequence[Tensor],
-) -> Response:
+) -> Answer:
     document = PicturesOut(
         model=origin.model,
         checkpoint_sha256=origin.checkpoint_sha256,
@@ -206,7 +213,7 @@ def _json_pictures(
     )
     if originals:
         document = ReconstructionsOut(**document.model_dump(), **_closeness(pictures, originals))
-    return Response(write_document(document, "images", write_files(files)), media_type=JSON)
+    return Answer(write_document(document, "images", write_files(files)), JSON)
 
 
 def _closeness(pictures: Tensor, originals: Sequence[Tensor]) -> dict[str, list[float | None]]:

@@ -1,0 +1,131 @@
+"""The table of routes: where each one is, what answers it, and what goes in and out."""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api import routes
+from service.codecs.media_types import JPEG, JSON, NPY, PNG, RAW, SAFETENSORS, WEBP, ZIP
+from service.codecs.requests import IMAGE_MEDIA_TYPES
+from service.codecs.schemas import (
+    CommonOptions,
+    DecodeOptions,
+    EncodeOptions,
+    Health,
+    ImagesIn,
+    Info,
+    LatentsIn,
+    LatentsOut,
+    PicturesOut,
+    ReconstructionsOut,
+    ReconstructOptions,
+)
+from service.engine.operations import DECODE, ENCODE, RECONSTRUCT, Operation
+
+JsonObject = dict[str, Any]
+Schemas = Mapping[str, JsonObject]
+"""JSON schema of a body or an answer by media type."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+REF_TEMPLATE = "#/components/schemas/{model}"
+BINARY: JsonObject = {"type": "string", "format": "binary"}
+TEXT: JsonObject = {"type": "string"}
+
+PROBLEMS = {
+    400: "Malformed: an empty body, a damaged image, invalid JSON or base64.",
+    406: "Accept allows none of the formats that can be produced.",
+    408: "The body paused for too long, or came too slowly; the connection is closed.",
+    413: "Too many bytes, pixels or items; judged from headers, before decoding.",
+    415: "A media type or content encoding that is not read here.",
+    422: "A wrong shape, dtype, value or option, or latents of another checkpoint.",
+    429: "The queue is full; Retry-After says when to come back.",
+    500: "An unexpected failure of the service.",
+    503: "Loading or draining; Retry-After says when to come back.",
+    504: "The request's deadline passed.",
+}
+"""What a problem of each status means; all of them may answer an operation."""
+
+_MULTIPART_IMAGES: JsonObject = {
+    "type": "object",
+    "properties": {"images": {"type": "array", "items": BINARY, "minItems": 1}},
+    "required": ["images"],
+    "additionalProperties": False,
+}
+
+
+def ref(document: type[BaseModel]) -> JsonObject:
+    """The schema of a document, by reference."""
+    return {"$ref": REF_TEMPLATE.format(model=document.__name__)}
+
+
+_BODIES: Mapping[str, Schemas] = {
+    "images": {
+        **dict.fromkeys(IMAGE_MEDIA_TYPES, BINARY),
+        "multipart/form-data": _MULTIPART_IMAGES,
+        JSON: ref(ImagesIn),
+        RAW: BINARY,
+        "application/octet-stream": BINARY,
+    },
+    "latents": {
+        **dict.fromkeys((SAFETENSORS, NPY, RAW, "application/octet-stream"), BINARY),
+        JSON: ref(LatentsIn),
+    },
+}
+_BINARY_ANSWERS: Mapping[str, Sequence[str]] = {
+    "latents": (SAFETENSORS, NPY, RAW),
+    "pictures": (PNG, JPEG, WEBP, ZIP, SAFETENSORS, NPY, RAW),
+}
+_ANSWERS = {"latents": "Latents [N, C, h, w].", "pictures": "One picture, a zip of several, or a tensor."}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A route. The handler's docstring is its description.
+
+    Attributes:
+        path: where it is.
+        handler: answers a request.
+        summary: of a good answer.
+        answers: schemas of a good answer.
+        problems: statuses of other answers.
+        bodies: schemas of the request's body; none for GET.
+        options: query options.
+    """
+
+    path: str
+    handler: Handler
+    summary: str
+    answers: Schemas
+    problems: Iterable[int]
+    bodies: Schemas = field(default_factory=dict)
+    options: type[CommonOptions] | None = None
+
+    @property
+    def method(self) -> str:
+        """GET, or POST where the request has a body."""
+        return "POST" if self.bodies else "GET"
+
+
+def _of_operation(
+    operation: Operation, handler: Handler, options: type[CommonOptions], document: type[BaseModel]
+) -> Endpoint:
+    """The route of an operation; ``document`` is its JSON answer."""
+    answers = {**dict.fromkeys(_BINARY_ANSWERS[operation.gives], BINARY), JSON: ref(document)}
+    summary, bodies = _ANSWERS[operation.gives], _BODIES[operation.takes]
+    return Endpoint(f"/{operation.name}", handler, summary, answers, PROBLEMS, bodies, options)
+
+
+ENDPOINTS = (
+    _of_operation(ENCODE, routes.encode, EncodeOptions, LatentsOut),
+    _of_operation(DECODE, routes.decode, DecodeOptions, PicturesOut),
+    _of_operation(RECONSTRUCT, routes.reconstruct, ReconstructOptions, ReconstructionsOut),
+    Endpoint("/info", routes.info, "What runs here.", {JSON: ref(Info)}, (500, 503)),
+    Endpoint("/livez", routes.livez, "The process runs.", {JSON: ref(Health)}, (500,)),
+    Endpoint("/readyz", routes.readyz, "The service takes work.", {JSON: ref(Health)}, (500, 503)),
+    Endpoint("/metrics", routes.metrics, "Metrics.", {"text/plain": TEXT}, (500,)),
+)
