@@ -23,9 +23,10 @@ from kernels.dispatch import FusionSetting
 from model.spelling import suggest
 
 ENV_PREFIX = "DRORAE_"
-# Variables of the same prefix that others read: training recipes, and the files under deploy/.
+# Variables of the same prefix with other readers: training recipes, the command line, the files under deploy/.
 OTHER_VARIABLES = frozenset(
     {
+        "DRORAE_API_KEY",
         "DRORAE_DATA",
         "DRORAE_IMAGENET",
         "DRORAE_BACKEND",

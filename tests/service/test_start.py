@@ -36,7 +36,7 @@ def announced(name, function):
 server.listen = announced("listen", server.listen)
 server.create_app = announced("app", server.create_app)
 server._set_aside = announced("ready", server._set_aside)
-engine.HostRunner.warm = announced("warm", engine.HostRunner.warm)
+engine.CpuRunner.warm = announced("warm", engine.CpuRunner.warm)
 limit_s = 1 if fault == "hang" else 300
 settings = Settings(checkpoint=checkpoint, port=0, num_decoders=1, start_timeout_s=limit_s)
 status = server.run(settings, announced("load", server.load_tokenizer))
