@@ -23,7 +23,7 @@ from kernels.dispatch import FusionSetting
 from model.spelling import suggest
 
 ENV_PREFIX = "DRORAE_"
-# Variables of the same prefix with other readers: training recipes, the command line, the files under deploy/.
+# Variables of the same prefix with other readers: training recipes, the command line, files under deploy/.
 OTHER_VARIABLES = frozenset(
     {
         "DRORAE_API_KEY",
