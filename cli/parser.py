@@ -9,7 +9,6 @@ from cli.commands import (
     encode,
     evaluate,
     export,
-    generate,
     import_,
     info,
     pull,
@@ -18,6 +17,7 @@ from cli.commands import (
     stats,
     train,
 )
+from cli.commands.generators import generate, quality
 
 COMMANDS = (
     serve,
@@ -30,6 +30,7 @@ COMMANDS = (
     import_,
     export,
     evaluate,
+    quality,
     analyze,
     stats,
     train,

@@ -20,7 +20,7 @@ from model.generator import Generator
 from model.sampling import Auto, ClassifierFree, Guidance, Method, sample_noise, sample_ode, sample_sde
 
 SAMPLES_FILE = "samples.json"
-SamplerName = Literal["euler", "midpoint", "heun", "sde"]
+SamplerName = Literal["euler", "midpoint", "heun", "sde", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class SamplingOptions:
         classes: labels, in turn.
         scale: of the guidance; up to 1 there is none without a guide.
         interval: times at which it is on.
-        sampler: a method of the ODE, or ``sde``.
+        sampler: a method of the ODE, ``sde``, or ``gaussian``: the noise itself, which has the latents'
+            statistics and nothing else; the baseline that a generator must beat.
         num_points: of the time grid.
         final_step: whether the ODE goes on from the grid's end to data.
         shift: of the times; None for the generator's.
@@ -92,7 +93,9 @@ class SampleSource:
         options, shape = self.options, self.generator.config.latent_shape
         noise = sample_noise(options.seed, indices, shape).to(self.generator.device)
         labels = torch.tensor([self.label(index) for index in indices], device=self.generator.device)
-        if options.sampler == "sde":
+        if options.sampler == "gaussian":
+            normalized = noise
+        elif options.sampler == "sde":
             normalized = sample_sde(
                 self.generator,
                 noise,

@@ -43,7 +43,7 @@ ROOMS = {
         run, studies, planning, phases, evaluation, data, losses -> distributed, recipes, output -> errors
     """,
     "cli": """
-        main -> parser -> commands -> hub, photos, remote, samples -> files, options -> errors
+        main -> parser -> commands, commands/generators -> hub, photos, remote, samples -> files, options -> errors
     """,
     "benchmarks": """
         serving -> faults -> fuzz -> probes -> harness
@@ -54,7 +54,7 @@ ROOMS = {
     """,
 }
 # Files of these rooms do not import one another.
-SEPARATE = {"cli/commands"}
+SEPARATE = {"cli/commands", "cli/commands/generators"}
 # Which packages and rooms may import a library that says something of its user.
 LIBRARIES = {
     "fastapi": "benchmarks",

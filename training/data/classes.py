@@ -19,12 +19,12 @@ class Classes:
     Attributes:
         names: in the order of the labels; empty where nothing names them.
         count: how many there are.
-        by_folder: whether the folder of an image is its class.
+        by_folder: whether the folder of an image is its class; None: where the image has no label.
     """
 
     names: tuple[str, ...]
     count: int
-    by_folder: bool
+    by_folder: bool | None
 
     def label(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, each with its label.
@@ -36,7 +36,7 @@ class Classes:
 
     def _label(self, sample: Sample) -> int:
         label = sample.label
-        if self.by_folder:
+        if self.by_folder or (self.by_folder is None and label is None):
             folder = sample.file.parent.name
             if folder not in self.names:
                 raise DataError(f"{sample.file}: its folder {folder!r} is none of the {self.count} classes")

@@ -23,6 +23,7 @@ EFFICIENTNET_COLUMN = "frechet_efficientnet_lite0"
 EFFICIENTNET_SIDE = 224
 INCEPTION_COLUMN = "rfid"
 INCEPTION_WIDTH = 2048
+INCEPTION_LOGITS = "logits_unbiased"  # as the Inception score takes them
 # torch-fidelity's and pytorch-fid's names of the same file; the digits begin its sha256.
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256_PREFIX = "6726825d"
@@ -69,6 +70,7 @@ class InceptionFeatures:
         weights: torch-fidelity's or pytorch-fid's weight file; by default the one in torch hub's cache.
         device: where it runs.
         sha256_prefix: with which the file's digest begins; FID is defined by these weights alone.
+        with_logits: whether `outputs` is wanted too.
 
     Raises:
         WeightsError: the package or the file is absent, or the file holds something else.
@@ -79,7 +81,11 @@ class InceptionFeatures:
     width = INCEPTION_WIDTH
 
     def __init__(
-        self, weights: Path | None, device: torch.device, sha256_prefix: str = INCEPTION_SHA256_PREFIX
+        self,
+        weights: Path | None,
+        device: torch.device,
+        sha256_prefix: str = INCEPTION_SHA256_PREFIX,
+        with_logits: bool = False,
     ) -> None:
         file = weights or find_inception()
         if importlib.util.find_spec("torch_fidelity") is None:
@@ -94,7 +100,9 @@ class InceptionFeatures:
 
         try:
             network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", [str(INCEPTION_WIDTH)], feature_extractor_weights_path=str(file)
+                "inception-v3-compat",
+                [str(INCEPTION_WIDTH), *([INCEPTION_LOGITS] if with_logits else [])],
+                feature_extractor_weights_path=str(file),
             )
         except RuntimeError as exc:
             raise WeightsError(f"{file}: not FID's Inception weights: {exc}") from exc
@@ -105,6 +113,12 @@ class InceptionFeatures:
         """Features [B, 2048] of images [B, 3, H, W] uint8; the network resizes them to 299 pixels itself."""
         pooled: Tensor = self.network(images)[0]
         return pooled
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, 2048], and logits [B, 1008] without the bias; needs ``with_logits``."""
+        pooled, logits = self.network(images)
+        return pooled, logits
 
 
 def find_inception() -> Path | None:

@@ -79,9 +79,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--sampler",
-        choices=("euler", "midpoint", "heun", "sde"),
+        choices=("euler", "midpoint", "heun", "sde", "gaussian"),
         default="euler",
-        help="of the ODE, or of the SDE (default euler)",
+        help="of the ODE, or of the SDE (default euler); gaussian: the noise itself, a baseline",
     )
     group.add_argument(
         "--points",

@@ -1,0 +1,1 @@
+"""Commands that sample generators, and judge their samples."""
