@@ -43,7 +43,8 @@ ROOMS = {
         run, studies, planning, phases, evaluation, data, losses -> distributed, recipes, output -> errors
     """,
     "cli": """
-        main -> parser -> commands, commands/generators -> hub, photos, remote, samples -> files, options -> errors
+        main -> parser -> commands -> hub, photos -> files, options -> errors
+        parser -> commands/generators -> remote, samples -> files, options -> errors
     """,
     "benchmarks": """
         serving -> faults -> fuzz -> probes -> harness
