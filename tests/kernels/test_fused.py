@@ -47,9 +47,19 @@ def check(case, found=None, slack=1.0):
         assert error <= case.error(case.unfolded)
 
 
-@each_dtype
-@pytest.mark.parametrize("width", [64, 192, 320, 384])
-def test_widths(build, dtype, tolerance, width):
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        (64, torch.float32),
+        (64, torch.bfloat16),
+        (64, torch.float16),
+        (192, torch.float32),
+        (192, torch.bfloat16),
+        (320, torch.float16),
+        (768, torch.bfloat16),  # `test_full_size` has every dtype on a GPU; the interpreter is slow
+    ],
+)
+def test_widths(build, width, dtype):
     case = build(width=width, hidden_width=2 * width, dtype=dtype)
     found = fuse(case)
     assert found.tokens.shape == (1, 9, width)
@@ -57,12 +67,7 @@ def test_widths(build, dtype, tolerance, width):
     assert found.tokens.is_contiguous()
     assert found.router_weights.shape == (1, 9, 2)
     assert found.router_weights.dtype == torch.float32
-    assert case.error(found) <= tolerance
     check(case, found)
-
-
-def test_a_realistic_width_and_number_of_tokens(build):
-    check(build(width=768, hidden_width=1536, num_tokens=130, dtype=torch.bfloat16))
 
 
 @each_dtype

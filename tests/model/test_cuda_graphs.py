@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.config import EncoderConfig
 from model.cuda_graphs import CapturedBuckets, bucket_for
 from model.tokenizer import Tokenizer
 
@@ -39,17 +40,25 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module", params=PATHS)
-def loaded(request) -> Tokenizer:
-    return Tokenizer.load("mini", fusion=request.param)
+def loaded(request, tiny_config, randomize, tmp_path_factory) -> Tokenizer:
+    """As wide as the kernels need, and no larger: Triton's interpreter is slow."""
+    config = tiny_config(hidden_width=64)
+    sizes = config.encoder.model_dump() | {"width": 64}
+    tokenizer = Tokenizer(config.model_copy(update={"encoder": EncoderConfig(**sizes)}))
+    randomize(tokenizer)
+    tokenizer.set_statistics(torch.zeros(64, 4, 4), torch.ones(64, 4, 4))
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    tokenizer.save(path)
+    return Tokenizer.load(path, fusion=request.param)
 
 
-def photo(seed: int = 0) -> Tensor:
-    return torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(seed))
+def photo(seed: int = 0, side: int = 256) -> Tensor:
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def test_encode_and_decode_run_nothing_that_a_capture_forbids(loaded):
     with Recorder() as recorder:
-        latents = loaded.encode(photo(), normalize=True)
+        latents = loaded.encode(photo(side=64), normalize=True)
         with torch.no_grad():
             loaded.pixels(latents, normalize=True)
     assert "aten::addmm" in recorder.names or "aten::linear" in recorder.names
@@ -66,7 +75,8 @@ def test_recorder_notices_a_host_wait():
 def test_encode_traces_as_one_graph(loaded):
     with torch.no_grad():
         compiled = torch.compile(loaded.tokens, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(photo()), loaded.tokens(photo()), atol=1e-5, rtol=0)
+        images = photo(side=64)
+        torch.testing.assert_close(compiled(images), loaded.tokens(images), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("num_images", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])

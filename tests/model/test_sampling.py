@@ -126,19 +126,17 @@ def test_rae_evaluates_one_velocity_less_than_points():
 @pytest.mark.parametrize(("std", "expected"), [(0.3, 0.289), (1.0, 0.984)])
 def test_the_repaired_sde_gives_the_known_spread(std, expected):
     """The variance is followed exactly: every step is linear, and its noise independent."""
-    noise = torch.tensor([1.0]).reshape(1, 1, 1, 1).double()
-    labels = torch.zeros(1, dtype=torch.int64)
-
-    def response(start, impulse):
-        """The result of one unit in the start, or in the noise of one step."""
-
-        def draw(number):
-            return torch.full_like(noise, 1.0 if number == impulse else 0.0)
-
-        return float(sample_sde(GaussianData(std), noise * start, labels, draw, 250, RAE_SHIFT))
-
-    total = response(1, None) ** 2 + sum(response(0, step) ** 2 for step in range(1, 250))
-    assert math.sqrt(total) == pytest.approx(expected, rel=5e-3)
+    # Sample 0 has one unit in the start, sample k in the noise of step k.
+    impulses = torch.eye(250, dtype=torch.float64)
+    responses = sample_sde(
+        GaussianData(std),
+        impulses[0].reshape(250, 1, 1, 1),
+        torch.zeros(250, dtype=torch.int64),
+        lambda step: impulses[step].reshape(250, 1, 1, 1),
+        250,
+        RAE_SHIFT,
+    )
+    assert float(responses.norm()) == pytest.approx(expected, rel=5e-3)
 
 
 def test_the_repaired_sde_ends_where_its_last_step_begins():

@@ -123,7 +123,7 @@ def test_a_fusion_that_cannot_run_ends_it_with_status_2(drorae, monkeypatch):
 
 @pytest.mark.parametrize(("flags", "path"), [((), "folded"), (("--fusion", "reference"), "reference")])
 def test_the_bundled_checkpoint_says_what_computes_its_fusion(drorae, flags, path):
-    with serving(drorae, "--device", "cpu", *flags) as service:
+    with serving(drorae, "--device", "cpu", "--batch-size", "1", *flags) as service:
         assert httpx.get(f"{service.address}/info").json()["kernel_path"] == path
         assert f'kernel_path="{path}"' in httpx.get(f"{service.address}/metrics").text
     assert f" INFO model.tokenizer: fusion path {path}: " in service.log

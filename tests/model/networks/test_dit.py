@@ -227,11 +227,12 @@ def test_recomputed_activations_give_the_same_gradients():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own, of its dependencies
-def test_the_compiled_network_gives_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_the_compiled_network_gives_the_same(backend):
     network = randomized()
     with torch.no_grad():
         expected = network(*inputs())
-        found = torch.compile(network)(*inputs())
+        found = torch.compile(network, fullgraph=True, backend=backend)(*inputs())
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
