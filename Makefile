@@ -1,11 +1,14 @@
 # Two commands: `make serve` and `make test`. Everything lands in .venv.
+# WORKERS=8 make test: eight processes run the tests, with one thread each.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test portable check format mini clean
+.PHONY: help serve test quick portable check format mini clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -14,7 +17,10 @@ serve: $(VENV)/.runtime  ## start the service on the bundled checkpoint (DRORAE_
 	@exec $(BIN)/drorae serve
 
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(WORKERS) --dist loadfile
+
+quick: $(VENV)/.dev  ## run the tests that start no process and take no seconds
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow"
 
 # As a CPU with AVX2 and no AVX-512 computes: PyTorch's kernels, oneDNN, MKL, and NumPy's OpenBLAS, by which
 # Triton's interpreter multiplies.
@@ -25,7 +31,7 @@ NUMERICAL := tests/kernels/test_reference.py tests/kernels/test_folded.py tests/
 	tests/training/test_losses.py tests/training/distributed/test_ranks.py
 
 portable: $(VENV)/.dev  ## run the numerical tests on AVX2 alone
-	$(AVX2_ONLY) $(BIN)/python -m pytest $(NUMERICAL)
+	$(AVX2_ONLY) $(PYTEST) $(NUMERICAL)
 
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .
