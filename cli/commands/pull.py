@@ -1,4 +1,4 @@
-"""``drorae pull``: published weights from the Hugging Face hub, resumed, verified and cached."""
+"""``drorae pull``: published weights from the Hugging Face hub, verified and cached."""
 
 import argparse
 import shlex
@@ -16,7 +16,7 @@ EXAMPLES = """\
 """
 VARIABLES = """\
 The hub's variables apply: HF_HOME (the cache's place), HF_TOKEN, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE.
-An interrupted download continues where it stopped. Standard output is the folder alone."""
+The next pull keeps complete files. Standard output is the folder alone."""
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
@@ -120,15 +121,11 @@ def parse_target(target: str) -> tuple[str, str | None]:
 
 
 def _matching(repository: str, files: Sequence[str], include: Sequence[str]) -> list[str]:
-    chosen: set[str] = set()
-    for pattern in include:
-        found = {
-            file for file in files if fnmatchcase(file, f"{pattern}*" if pattern.endswith("/") else pattern)
-        }
+    matches = {pattern: filter_names(files, pattern + "*" * pattern.endswith("/")) for pattern in include}
+    for pattern, found in matches.items():
         if not found:
             raise UsageError(f"{repository}: has no file {pattern} (--include takes whole paths, * and ?)")
-        chosen |= found
-    return [file for file in files if file in chosen]
+    return [file for file in files if any(file in found for found in matches.values())]
 
 
 def _needed(files: Sequence[str]) -> list[str]:

@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import json
 import threading
+import time
+import types
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +17,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import close_session, constants
-
-import cli.hub.transfer
 
 TOKEN = "hf_" + "a" * 34
 COMMIT = "1" * 40
@@ -229,7 +229,9 @@ def home(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(cli.hub.transfer, "WAITS_S", (0.0, 0.0))
+    hurried = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
+    for module in ("file_download", "utils._http"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", hurried)
     return folder
 
 
