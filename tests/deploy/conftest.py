@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy.checks.context import BuildContext
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 READY_TIMEOUT_S = 90
@@ -25,6 +27,12 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def deploy() -> Path:
     return DEPLOY
+
+
+@pytest.fixture(scope="session")
+def context() -> BuildContext:
+    """The files that an image's build sees."""
+    return BuildContext(ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,6 @@ TARGETS = ("cpu", "cuda")
 @pytest.fixture(scope="module")
 def dockerfile(root: Path) -> Dockerfile:
     return parse_dockerfile((root / "Dockerfile").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def context(root: Path) -> BuildContext:
-    return BuildContext(root)
 
 
 def last(dockerfile: Dockerfile, target: str, keyword: str) -> str | None:
@@ -132,27 +126,6 @@ def test_the_build_context_holds_no_more_than_is_copied(
     assert "model/bundled/mini/encoder.safetensors" in context.files("model")
     for name in (".git/config", "tests/conftest.py", "benchmarks/fusion.py", "deploy/drorae.env", ".venv/x"):
         assert not context.includes(name)
-
-
-@pytest.mark.slow
-def test_the_wheel_carries_the_bundled_checkpoint(root: Path, context: BuildContext, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for name in context.files():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / name, source / name)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(source)],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.glob("drorae-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = [
-        name for name in context.files() if name.endswith((".py", ".safetensors", ".json")) and "/" in name
-    ]
-    assert set(wanted) <= names
-    assert not any(name.startswith(("tests/", "benchmarks/", "deploy/")) for name in names)
 
 
 def test_variables_are_substituted_as_a_builder_does() -> None:
