@@ -51,7 +51,9 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (libraries / "shared.pth").write_text("\n".join(site.getsitepackages()), encoding="utf-8")
     command = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", "--no-deps"]
     subprocess.run([*command, "--no-index", str(wheel)], check=True, capture_output=True)
-    assert (libraries / "service").is_dir()
+    command = [str(folder / "bin/python"), "-P", "-c", "import service; print(service.__file__)"]
+    imported = subprocess.run(command, env={}, check=True, capture_output=True, text=True).stdout
+    assert imported.startswith(str(libraries))
     return folder / "bin"
 
 
