@@ -1,5 +1,7 @@
 """What stage 2 starts from: a recipe that can be done, the tokenizer, and the generator."""
 
+from pathlib import Path
+
 import torch
 from pydantic import ValidationError
 
@@ -37,6 +39,8 @@ def load_tokenizer(recipe: GeneratorRecipe, device: torch.device) -> Tokenizer:
         tokenizer = Tokenizer.load(recipe.tokenizer, device)
     except CheckpointError as exc:
         raise RecipeError(f"field 'tokenizer': {exc}") from exc
+    if recipe.correction is not None:
+        return _with_correction(recipe, tokenizer)
     if recipe.statistics == "tokenizer":
         if not tokenizer.has_statistics:
             raise RecipeError(
@@ -47,6 +51,24 @@ def load_tokenizer(recipe: GeneratorRecipe, device: torch.device) -> Tokenizer:
     elif recipe.latent == "base" and not recipe.hold_latents:
         raise RecipeError("field 'hold_latents': statistics of base latents are taken of those that are held")
     return tokenizer
+
+
+def _with_correction(recipe: GeneratorRecipe, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with z_fuse corrected in another way, its weights as they are."""
+    fusion = tokenizer.config.fusion
+    if fusion is None:
+        raise RecipeError(f"field 'correction': tokenizer {recipe.tokenizer} has no fusion")
+    if recipe.statistics == "tokenizer" or not recipe.hold_latents or recipe.samples_per_class:
+        raise RecipeError(
+            "field 'correction': needs statistics: data, hold_latents: true and samples_per_class: 0, since "
+            "the tokenizer's statistics and decoder are of other latents"
+        )
+    changed = fusion.model_copy(update={"correction": recipe.correction})
+    name = f"{tokenizer.config.name}, correction={recipe.correction}"
+    config = tokenizer.config.model_copy(update={"fusion": changed, "name": name})
+    parts = {name: part for name, part in tokenizer.parts().items() if name != "statistics"}
+    copied = Tokenizer.from_parts(config, parts, Path(recipe.tokenizer)).to(tokenizer.device)
+    return copied.requires_grad_(False).eval()
 
 
 def make_generator(recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Classes) -> Generator:

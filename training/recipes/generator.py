@@ -19,6 +19,11 @@ class GeneratorRecipe(BaseRecipe):
 
     tokenizer: str = Field(description="Tokenizer checkpoint: a directory or preset.")
     latent: LatentKind = Field("enriched", description="Which of its latents are learned.")
+    correction: Literal["incremental", "replace"] | None = Field(
+        None,
+        description="Of the fusion instead of the tokenizer's own, for the paper's test of a latent space; "
+        "no decoder fits such latents, so nothing is sampled.",
+    )
     generator: GeneratorConfig | None = Field(None, description="Architecture, instead of a preset.")
     class_names: tuple[str, ...] | None = Field(
         None, description="Names in the order of the labels; null: classes.txt beside the data, or folders."

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
+from model.config import TokenizerConfig
 from model.generator import Generator
 from model.tokenizer import Tokenizer
-from tests.training.conftest import encode_png, make_image, write_shard
+from tests.training.conftest import TINY, TINY_FUSION, encode_png, make_image, write_shard
 from training.data.classes import find_classes
 from training.data.held_latents import hold_latents, shuffled_numbers
 from training.data.sources import list_samples
@@ -293,3 +294,39 @@ def test_a_generator_goes_on_from_another(recipe_file: Path, tmp_path: Path) -> 
         assert torch.equal(task.network.state_dict()[name], tensor)
     trained = {name for name, p in task.network.named_parameters() if not p.requires_grad}
     assert trained == {"pos_embed", "t_embedder.W"}
+
+
+@pytest.fixture
+def fused(tmp_path: Path) -> Path:
+    """A random tokenizer with a fusion."""
+    torch.manual_seed(3)
+    config = TokenizerConfig(**{**TINY.model_dump(), "fusion": TINY_FUSION.model_dump()})
+    Tokenizer(config).save(tmp_path / "fused")
+    return tmp_path / "fused"
+
+
+def test_another_correction_gives_other_latents_of_the_same_weights(fused: Path, recipe_file: Path) -> None:
+    common = [f"tokenizer={fused}", "hold_latents=true", "samples_per_class=0", "latents_dtype=float32"]
+    own = make_task(recipe_file, *common)
+    replaced = make_task(recipe_file, *common, "correction=replace")
+    base = make_task(recipe_file, *common, "latent=base")
+    assert own.held is not None
+    assert replaced.held is not None
+    assert base.held is not None
+    z_base, z_fuse = base.held.latents, replaced.held.latents
+    mixed = z_base + 0.2 * (z_fuse - z_base)
+    centred = mixed - mixed.mean(dim=2, keepdim=True)
+    expected = centred / (centred.square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(own.held.latents, expected, atol=1e-4)
+    assert not torch.allclose(own.held.latents, z_fuse, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["hold_latents=true"], ["samples_per_class=0"], ["hold_latents=true", "samples_per_class=1"]],
+)
+def test_another_correction_is_for_studies_alone(
+    overrides: list[str], fused: Path, recipe_file: Path
+) -> None:
+    with pytest.raises(RecipeError, match="field 'correction'"):
+        make_task(recipe_file, f"tokenizer={fused}", "correction=replace", *overrides)
