@@ -33,15 +33,13 @@ from service.http.middleware import (
 from service.http.problems import answer_http_exception
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
-from service.telemetry.spans import SpanExport
-from service.telemetry.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
+from service.telemetry.tracing import TRACE_HEADERS, Tracing, find_tracing
 
 _LAST_BATCH_S = 0.3
 _DOCS_PATH = "/docs"
 _CORS_METHODS = ("GET", "HEAD", "POST")
-_TRACE_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
-_CORS_ALLOWED = ("Authorization", "Content-Type", REQUEST_ID_HEADER, TIMEOUT_HEADER, *_TRACE_HEADERS)
-_CORS_EXPOSED = ("shape", "dtype", REQUEST_ID_HEADER, "Server-Timing", "Retry-After", *_TRACE_HEADERS)
+_CORS_ALLOWED = ("Authorization", "Content-Type", REQUEST_ID_HEADER, TIMEOUT_HEADER, *TRACE_HEADERS)
+_CORS_EXPOSED = ("shape", "dtype", REQUEST_ID_HEADER, "Server-Timing", "Retry-After", *TRACE_HEADERS)
 
 
 def create_app(
@@ -74,7 +72,7 @@ def create_app(
     )
     parts = Parts(settings, engine, metrics)
     keys = ApiKeys(settings)
-    spans = SpanExport(settings.otlp_endpoint, service_version()) if settings.otlp_endpoint else None
+    tracing = find_tracing(settings.otlp_endpoint, service_version())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -84,12 +82,12 @@ def create_app(
         yield
         # Every request has been answered by now; a batch that nobody waits for may still run.
         await asyncio.gather(asyncio.to_thread(engine.close, _LAST_BATCH_S), parts.close())
-        if spans is not None:
-            await asyncio.to_thread(spans.close)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = Starlette(
         routes=_routes(keys.required),
-        middleware=_middleware(settings, parts, keys, spans),
+        middleware=_middleware(settings, parts, keys, tracing),
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,
     )
@@ -114,9 +112,7 @@ def _routes(keys_required: bool) -> list[Route]:
     ]
 
 
-def _middleware(
-    settings: Settings, parts: Parts, keys: ApiKeys, spans: SpanExport | None
-) -> list[Middleware]:
+def _middleware(settings: Settings, parts: Parts, keys: ApiKeys, tracing: Tracing | None) -> list[Middleware]:
     """The outermost first."""
     layers = [
         Middleware(
@@ -124,7 +120,7 @@ def _middleware(
             request_timeout_s=settings.request_timeout_s,
             metrics=parts.metrics,
             routes=[*(endpoint.path for endpoint in ENDPOINTS), _DOCS_PATH],
-            on_end=spans.add if spans is not None else None,
+            tracing=tracing,
             is_closing=lambda: parts.engine.closing,
         )
     ]

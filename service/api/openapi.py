@@ -47,7 +47,10 @@ _NO_KEY = "No key, or one that is not known here."
 _HEADERS: JsonObject = {
     "X-Request-ID": {"description": "The request's id: the client's own or a fresh one.", "schema": TEXT},
     "Server-Timing": {"description": "Milliseconds by stage.", "schema": TEXT},
-    "traceparent": {"description": "The request's span, as W3C trace context.", "schema": TEXT},
+    "traceparent": {
+        "description": "The request's span (W3C), with drorae[otel].",
+        "schema": TEXT,
+    },
 }
 _TENSOR_HEADERS: JsonObject = {
     **_HEADERS,

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -22,8 +23,7 @@ from service.http.keys import ApiKeys
 from service.http.problems import problem_response
 from service.telemetry.context import RequestContext
 from service.telemetry.metrics import Metrics
-from service.telemetry.spans import FinishedRequest
-from service.telemetry.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER, TraceContext, random_hex
+from service.telemetry.tracing import TRACE_HEADERS, FinishedRequest, Tracing, trace_ids
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 _TIMEOUT = re.compile(TIMEOUT_PATTERN)
 _OTHER_ROUTE = "other"
 _REQUEST_ID_NAME, _TIMEOUT_NAME = REQUEST_ID_HEADER.lower().encode(), TIMEOUT_HEADER.lower().encode()
-_TRACEPARENT_NAME, _TRACESTATE_NAME = TRACEPARENT_HEADER.encode(), TRACESTATE_HEADER.encode()
 _NO_STORE = (b"cache-control", b"no-store")
 _OF_A_BODY = frozenset({"content-length", "content-type"})
 _CLOSE = (b"connection", b"close")
@@ -56,7 +55,7 @@ class RequestMiddleware:
         request_timeout_s: deadline of a request, until the gate sets another.
         metrics: where requests are counted.
         routes: paths that are counted by name; the rest counts as ``other``.
-        on_end: called with every request that has ended.
+        tracing: begins and ends the spans of requests.
         is_closing: whether the service is about to end, so that connections should not be used again.
     """
 
@@ -66,14 +65,14 @@ class RequestMiddleware:
         request_timeout_s: float,
         metrics: Metrics,
         routes: Collection[str],
-        on_end: Callable[[RequestContext, FinishedRequest], None] | None = None,
+        tracing: Tracing | None = None,
         is_closing: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._request_timeout_s = request_timeout_s
         self._metrics = metrics
         self._routes = frozenset(routes)
-        self._on_end = on_end
+        self._tracing = tracing
         self._is_closing = is_closing
         # Looking a series up by its labels takes as long as counting in it.
         self._seconds, self._bytes_in, self._bytes_out = (
@@ -90,12 +89,11 @@ class RequestMiddleware:
             request_id=usable_request_id(header_values(scope, _REQUEST_ID_NAME)),
             deadline_s=started_s + self._request_timeout_s,
             started_s=started_s,
-            trace=TraceContext.of(
-                header_values(scope, _TRACEPARENT_NAME),
-                header_values(scope, _TRACESTATE_NAME),
-                sample_fresh=self._on_end is not None,
-            ),
         )
+        if self._tracing is not None:
+            self._tracing.begin(
+                context, {name: header_values(scope, name.encode()) for name in TRACE_HEADERS}
+            )
         scope.setdefault("state", {})["context"] = context
         status = bytes_in = bytes_out = 0
 
@@ -146,8 +144,8 @@ class RequestMiddleware:
         level = logging.INFO if noteworthy and request.path not in PUBLIC_PATHS else logging.DEBUG
         if logger.isEnabledFor(level):
             _log_access(level, context, request, route, duration_s)
-        if self._on_end is not None:
-            self._on_end(context, request)
+        if self._tracing is not None:
+            self._tracing.end(context, request)
 
 
 class GateMiddleware:
@@ -239,7 +237,7 @@ def usable_request_id(proposed: list[str]) -> str:
     """The client's id where it sent one that is short and plain, else a fresh one."""
     if len(proposed) == 1 and _REQUEST_ID.fullmatch(proposed[0]):
         return proposed[0]
-    return random_hex(32)
+    return secrets.token_hex(16)
 
 
 def parse_timeout_s(values: list[str]) -> float:
@@ -273,11 +271,9 @@ def _complete_headers(
     headers += (
         (_REQUEST_ID_NAME, context.request_id.encode()),
         (b"server-timing", context.server_timing().encode()),
-        (_TRACEPARENT_NAME, context.trace.traceparent.encode()),
         _NO_SNIFFING,
     )
-    if context.trace.tracestate:
-        headers.append((_TRACESTATE_NAME, context.trace.tracestate.encode()))
+    headers += ((name.encode(), value.encode()) for name, value in context.trace_headers.items())
     if not any(name == b"cache-control" for name, _ in headers):
         headers.append(_NO_STORE)
     return headers
@@ -293,11 +289,11 @@ def _log_access(
         "outcome": context.outcome,
         "duration_ms": round(duration_s * 1000, 3),
         "request_id": context.request_id,
-        "trace_id": context.trace.trace_id,
-        "span_id": context.trace.span_id,
         "bytes_in": request.bytes_in,
         "bytes_out": request.bytes_out,
     }
+    if context.span is not None:
+        fields |= trace_ids(context.span)
     logger.log(
         level,
         "%s %s %d %s %.1f ms id=%s",

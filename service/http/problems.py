@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 from http import HTTPStatus
 from typing import Any
 
@@ -21,7 +22,6 @@ from service.errors import (
     from_model,
 )
 from service.telemetry.context import RequestContext
-from service.telemetry.tracing import random_hex
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
 
 def problem_message(error: ServiceError) -> bytes:
     """An answer as bytes, for what is refused before it is a request; it closes the connection."""
-    request_id = random_hex(32)
+    request_id = secrets.token_hex(16)
     body = json.dumps(problem(error, request_id)).encode()
     headers = {
         "Content-Type": PROBLEM_MEDIA_TYPE,

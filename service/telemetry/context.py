@@ -4,9 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from service.telemetry.tracing import TraceContext
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 
 class Stage(NamedTuple):
@@ -26,7 +27,8 @@ class RequestContext:
         deadline_s: when the request's time is up, on the clock of `time.monotonic`.
         outcome: ``ok``, or the slug of the problem that was answered.
         stages: where the time went, in order: read, decode, queue, batch, device, encode.
-        trace: where the request stands in a distributed trace.
+        span: its span in a distributed trace; None without the extra ``drorae[otel]``.
+        trace_headers: name the span to others.
         abandoned: whether its client went away before the answer was written.
         work: what ends once its answer is written, or cannot be.
         resources: what it gives back once its answer is sent.
@@ -37,7 +39,8 @@ class RequestContext:
     started_s: float = field(default_factory=time.monotonic)
     outcome: str = "ok"
     stages: list[Stage] = field(default_factory=list)
-    trace: TraceContext = field(default_factory=TraceContext.fresh)
+    span: "Span | None" = None
+    trace_headers: dict[str, str] = field(default_factory=dict)
     abandoned: bool = False
     work: ExitStack = field(default_factory=ExitStack)
     resources: ExitStack = field(default_factory=ExitStack)

@@ -62,4 +62,5 @@ def configure(level: str, log_format: LogFormat) -> None:
     if log_format == "json":
         logging.captureWarnings(True)  # Python prints them as several lines of text
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its lifecycle lines say what ours do
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients' mistakes, told to them
+    for name in ("python_multipart", "opentelemetry.trace"):  # clients' mistakes
+        logging.getLogger(name).setLevel(logging.ERROR)

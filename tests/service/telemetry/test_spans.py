@@ -14,13 +14,11 @@ from model.tokenizer import Tokenizer
 from service.app import create_app
 from service.errors import StartError
 from service.settings import Settings
-from service.telemetry import spans
+from service.telemetry import tracing
 from service.telemetry.context import RequestContext
-from service.telemetry.spans import FinishedRequest, SpanExport
-from service.telemetry.tracing import TraceContext
+from service.telemetry.tracing import FinishedRequest, Tracing
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-REQUEST = FinishedRequest("POST", "/encode", "/encode", "1.1", 200, 1, 2)
 
 
 class Collector:
@@ -133,11 +131,12 @@ def test_requests_arrive(
 
 
 def test_failures_are_marked(collector: Collector) -> None:
-    export = SpanExport(collector.url + "/v1/traces", "1")
+    tracing = Tracing(collector.url + "/v1/traces", "1")
     for status, outcome in ((500, "internal"), (0, "internal"), (429, "queue-full")):
-        context = RequestContext("x", 0.0, trace=TraceContext.fresh(sampled=True), outcome=outcome)
-        export.add(context, FinishedRequest("POST", "/x" * 500, "", "1.1", status, 0, 0))
-    export.close()
+        context = RequestContext("x", 0.0, outcome=outcome)
+        tracing.begin(context, {"traceparent": []})
+        tracing.end(context, FinishedRequest("POST", "/x" * 500, "", "1.1", status, 0, 0))
+    tracing.close()
     assert collector.paths == ["/v1/traces"]
     attributes = [values(span.attributes) for span in collector.spans]
     assert [span.status.code for span in collector.spans] == [2, 2, 0]
@@ -149,9 +148,9 @@ def test_a_collector_that_is_gone(
     serve: Callable[..., Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    monkeypatch.setattr(spans, "FLUSH_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(spans, "_QUEUE_SPANS", 4)
-    monkeypatch.setattr(spans, "_BATCH_SPANS", 2)
+    monkeypatch.setattr(tracing, "FLUSH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(tracing, "_QUEUE_SPANS", 4)
+    monkeypatch.setattr(tracing, "_BATCH_SPANS", 2)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     with serve(create_app(Settings(otlp_endpoint=address), tokenizer)) as running:
@@ -161,7 +160,7 @@ def test_a_collector_that_is_gone(
     assert time.monotonic() - began_s < 10
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     with pytest.raises(StartError, match=r"pip install drorae\[otel\]"):
         create_app(Settings(otlp_endpoint="http://127.0.0.1:1"))
