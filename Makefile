@@ -8,7 +8,11 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help serve test quick portable check format mini clean
+=======
+.PHONY: help serve test portable check format docs mini clean
+>>>>>>> 0944c4d (README of 800 words; docs/ in rooms, with concepts, a tutorial and a reference; their commands and links are tested)
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -41,6 +45,9 @@ check: $(VENV)/.dev  ## lint, formatting and types
 format: $(VENV)/.dev  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.runtime  ## write the pages that are generated from the code
+	$(BIN)/python docs/serving/settings.py > docs/serving/settings.md
 
 mini: $(VENV)/.dev  ## retrain the bundled checkpoint (DRORAE_DATA names the image packs)
 	PYTHON=$(BIN)/python training/mini.sh

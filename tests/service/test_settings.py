@@ -167,10 +167,3 @@ def test_empty_variables_are_as_good_as_unset(monkeypatch: pytest.MonkeyPatch, e
         monkeypatch.setenv(f"DRORAE_{name.upper()}", empty)
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     assert Settings().model_dump() == defaults
-
-
-def test_the_readme_lists_every_setting() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    for name, field in Settings.model_fields.items():
-        default = field.default if field.default or field.default == 0 else "none"
-        assert f"| `DRORAE_{name.upper()}` | {default} | {field.description} |" in readme, name
