@@ -2,9 +2,9 @@
 
 ::
 
-    StartError                  what keeps the service from starting; no client sees it
+    StartError                  the service cannot start; no client sees it
     ServiceError
-    ├── MalformedError          400  not what it claims to be: empty, truncated, not decodable
+    ├── MalformedError          400  the body is empty, truncated or not decodable
     │   └── PreflightError           a web page's origin, method or header is not allowed
     ├── UnauthorizedError       401  no key, or a wrong one
     ├── NotFoundError           404  no such path
@@ -40,14 +40,14 @@ from model.errors import LatentError, ModelError
 
 
 class StartError(Exception):
-    """The settings ask for what cannot be had: one sentence, without a full stop, for stderr."""
+    """The settings cannot be met. Its text is one sentence for stderr, without a full stop."""
 
 
 class ServiceError(Exception):
     """Root of the errors that have an HTTP status.
 
     Args:
-        detail: one sentence for the client: what is wrong and, where it helps, what to do.
+        detail: one sentence for the client that names the mistake and, where it helps, the remedy.
         headers: extra response headers, such as ``Retry-After``.
     """
 
@@ -62,13 +62,13 @@ class ServiceError(Exception):
 
 
 class MalformedError(ServiceError):
-    """The body is not what it claims to be."""
+    """The body does not have the format that it claims."""
 
     status, slug, title = 400, "malformed", "Malformed request"
 
 
 class PreflightError(MalformedError):
-    """The cross-origin rules do not allow what a web page is about to send."""
+    """The cross-origin rules do not allow a web page's request."""
 
 
 class UnauthorizedError(ServiceError):
@@ -87,7 +87,7 @@ class NotFoundError(ServiceError):
 
 
 class MethodError(ServiceError):
-    """The path exists, the method does not."""
+    """The path does not take this method."""
 
     status, slug, title = 405, "method-not-allowed", "Method not allowed"
 

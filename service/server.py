@@ -42,8 +42,8 @@ _left_behind: list[threading.Thread] = []  # threads that had not ended when the
 class Server(uvicorn.Server):
     """Uvicorn, except that it stops in order, and that a signal ends in an exit.
 
-    It is unready at once, and goes on listening while it works on what it accepted: new requests are
-    refused with an answer instead of a reset. Then it closes what is idle, and ends.
+    It is unready at once, and goes on listening while it works on accepted requests: new ones are
+    refused with an answer instead of a reset. Then it closes idle connections, and ends.
     """
 
     def __init__(self, config: uvicorn.Config, parts: Parts, drain_timeout_s: float) -> None:
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
         logger.info("drained")
 
     async def _give_up(self) -> None:
-        """Answer 503 to what is not done, wherever it is; end answers that are not read in time."""
+        """Answer 503 to requests that are not done, and end answers that are not read in time."""
         stopped = UnavailableError(
             "The service stopped before this was done.", self._parts.engine.unavailable().headers
         )
@@ -153,7 +153,7 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
 
 
 def _set_aside() -> None:
-    """Keep what is loaded by now out of garbage collections, which stop every thread while they look at it.
+    """Keep the objects of the start out of garbage collections, which stop every thread.
 
     PyTorch and pydantic alone are some hundred thousand objects: a full collection takes 0.1 s and more.
     """
@@ -162,7 +162,7 @@ def _set_aside() -> None:
 
 
 def _allow_connections(num_connections: int) -> None:
-    """Raise the limit of open files, often 1024, to what the connections need."""
+    """Raise the limit of open files, often 1024, to the number that the connections need."""
     needed = num_connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -1,4 +1,4 @@
-"""What a process that will serve does first, before it imports PyTorch and the web framework."""
+"""The first steps of a serving process, before it imports PyTorch and the web framework."""
 
 import os
 import signal

@@ -1,1 +1,1 @@
-"""The routes, and what each of them does with a request."""
+"""The routes, and the steps that they take with a request."""

@@ -1,4 +1,4 @@
-"""Admission: what requests hold is bounded, in items and in bytes, and what does not fit is refused at once.
+"""Admission: bounds on the items and bytes that requests hold. One that does not fit is refused at once.
 
 A request holds items from the end of its body to its answer. It holds bytes from the first byte of its body
 until its answer is sent: the body as far as it came, then what its inputs, results and answer take.
@@ -21,12 +21,11 @@ from service.telemetry.metrics import Metrics
 
 MAX_RETRY_AFTER_S = 600
 DEADLINE_MARGIN = 1.5
-"""Of the estimated wait: what is accepted should keep its deadline even if the rate drops, as it does on a
-CPU that has refusals to answer beside its work."""
+"""Safety factor on the estimated wait. Throughput drops when a busy CPU also has to answer refusals."""
 SMALL_BYTES = 2**20
 LARGE_SHARE = 0.75
-"""Of the limit, for requests that hold more than `SMALL_BYTES`: a few large bodies, or answers that nobody
-reads, leave room for photos."""
+"""Share of the limit for requests that hold more than `SMALL_BYTES`. A few large bodies, or answers that
+nobody reads, leave room for photos."""
 
 
 class Admission:
@@ -52,9 +51,9 @@ class Admission:
         """Begin a request, whose reservation holds nothing yet.
 
         Args:
-            operation: what its items need.
-            num_items: how many there are, as far as its headers tell.
-            deadline_s: when it must be done, on the clock of `time.monotonic`.
+            operation: of its items.
+            num_items: number of its items, as far as its headers tell.
+            deadline_s: end of its time, on the clock of `time.monotonic`.
 
         Raises:
             QueueFullError: no room for the items, or no hope to keep the deadline.
@@ -71,7 +70,7 @@ class Admission:
         return Reservation(self, operation)
 
     def backlog_s(self) -> float:
-        """How long the engines need for what was accepted, seconds, at their measured rates."""
+        """Seconds that the engines need for the accepted items, at their measured rates."""
         return self._engine.rates.duration_s(self._items, self._engine.num_workers)
 
     def _check_items(self, further: int) -> None:
@@ -104,11 +103,11 @@ class Admission:
 
 
 class Reservation:
-    """What one request holds; a context manager that gives it back.
+    """The room that one request holds; a context manager that gives it back.
 
     Attributes:
         num_items: images or latents.
-        num_bytes: all memory that the request takes.
+        num_bytes: memory that the request takes.
     """
 
     def __init__(self, admission: Admission, operation: Operation) -> None:
@@ -154,7 +153,7 @@ class Reservation:
         self.num_bytes = num_bytes
 
     def keep_until_done(self, work: Future[Any]) -> None:
-        """Hold the bytes until a thread's work is done, which goes on though its request has ended."""
+        """Hold the bytes until a thread's work is done, even if the request ends before."""
         loop = asyncio.get_running_loop()
         self._num_users += 1
         work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._leave))

@@ -42,7 +42,7 @@ async def admit(request: Request, operation: Operation, num_items: int) -> Async
 
     Args:
         request: its headers are there, its body is not read yet.
-        operation: what its items need.
+        operation: of its items.
         num_items: how many items it has, as far as the headers tell.
 
     Raises:
@@ -151,12 +151,12 @@ async def compute(
 ) -> Tensor:
     """Put inputs through the engine. The result is [N, ...] float32, in the order of the inputs.
 
-    Reserves what is needed until the answer is sent, so that nothing is computed for which there is no room.
+    Reserves the memory that is needed until the answer is sent, so that no result is computed in vain.
 
     Args:
         request: its payload was released.
         place: its reservation.
-        key: what is done.
+        key: kind of the inputs.
         inputs: on the CPU.
         media_type: of the answer.
 

@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Origin:
-    """Which model made an answer; goes into every format that has room for it."""
+    """The model that made an answer; part of every format that has room for it."""
 
     model: str
     checkpoint_sha256: str | None
@@ -142,7 +142,7 @@ def pictures_answer(
     """Pictures [N, 3, S, S] in [0, 1] as an answer.
 
     Args:
-        pictures: what the model gave.
+        pictures: results of the model.
         media_type: as negotiated; several pictures under an image type become a zip of that type.
         options: type, range and layout of picture tensors.
         origin: which model made them.

@@ -1,6 +1,6 @@
 """Images as tensors: files decoded in this process, image tensors that clients send, and picture files back.
 
-Files stay bytes as tensors too, a quarter of the memory and of the copies to a device that floats need.
+Pixels of files stay bytes: a quarter of the memory, and of the copies to a device, that floats need.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Which format an answer gets: ``?format=`` first, then ``Accept`` with its q-values."""
+"""The format of an answer: ``?format=`` first, then ``Accept`` with its q-values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ FORMAT_MEDIA_TYPES: Mapping[str, str] = {
 """Media type of each value of ``?format=``."""
 
 LATENT_MEDIA_TYPES = (SAFETENSORS, NPY, JSON, RAW)
-"""What latents come as, the default first."""
+"""Formats of latents, the default first."""
 
 PICTURE_MEDIA_TYPES = (PNG, JPEG, WEBP, ZIP, SAFETENSORS, NPY, JSON, RAW)
-"""What pictures come as, the default first."""
+"""Formats of pictures, the default first."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def choose(format_name: str | None, accept: str | None, offered: Sequence[str]) 
     Args:
         format_name: value of ``?format=``, which wins.
         accept: the Accept header; None or empty accepts anything.
-        offered: what the route can produce, the default first.
+        offered: the formats of the route, the default first.
 
     Raises:
         NotAcceptableError: Accept allows nothing that is offered.

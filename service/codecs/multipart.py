@@ -40,7 +40,7 @@ def split_multipart(body: bytes, boundary: bytes | None, max_parts: int) -> list
 
 
 def _parts(body: bytes, dashes: bytes) -> Iterator[tuple[int, int]]:
-    """Where each part, headers included, starts and ends."""
+    """Begin and end of each part, headers included."""
     separator = b"\r\n" + dashes
     found = -2 if body.startswith(dashes) else find(body, separator, 0)
     start: int | None = None
@@ -60,7 +60,7 @@ def _parts(body: bytes, dashes: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _next_line(body: bytes, position: int) -> int:
-    """Where the line after a boundary starts.
+    """The begin of the line after a boundary.
 
     Raises:
         MalformedError: something other than padding follows; content must not begin a line with the boundary.
@@ -73,7 +73,7 @@ def _next_line(body: bytes, position: int) -> int:
 
 
 def _content(body: bytes, start: int, end: int) -> bytes:
-    """What a part holds.
+    """The content of a part.
 
     Raises:
         MalformedError: it has no name, or headers that do not end.

@@ -1,4 +1,4 @@
-"""Request bodies to model inputs: which format a body has, and what it holds.
+"""Request bodies to model inputs: the format of a body, and its contents.
 
 Shape legend: N items, C h w one latent, S image side.
 """
@@ -45,7 +45,7 @@ IMAGE_MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "imag
 IMAGE_BODY_MEDIA_TYPES = (*IMAGE_MEDIA_TYPES, MULTIPART, JSON, RAW)
 LATENT_BODY_MEDIA_TYPES = (SAFETENSORS, NPY, JSON, RAW)
 
-# What clients send that do not say what they send; the second is curl's default for --data-binary.
+# Types that say nothing about the body; the second is curl's default for --data-binary.
 _UNTYPED = ("", "application/x-www-form-urlencoded", "application/octet-stream", "binary/octet-stream")
 # No registered types, but widely sent; the file's own first bytes say what it is.
 _IMAGE_ALIASES = ("image/*", "image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-tiff")

@@ -183,7 +183,7 @@ class ReconstructionsOut(PicturesOut):
 
 
 class Limits(_Document):
-    """What one request may ask for."""
+    """Limits of one request."""
 
     max_body_bytes: int
     max_image_pixels: int

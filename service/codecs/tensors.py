@@ -91,7 +91,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[Tensor, dict[str, str]]:
 
     Args:
         data: the file.
-        name: what the tensor must be called.
+        name: required name of the tensor.
 
     Raises:
         MalformedError: not a complete safetensors file.
@@ -209,7 +209,7 @@ def _are_sizes(values: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """What a file holds, short enough for a sentence."""
+    """A value of a file, short enough for a sentence."""
     if isinstance(value, str) and value.isalnum():
         text = value
     else:

@@ -28,7 +28,7 @@ class CpuRunner:
         buckets: sizes that batches are padded to.
         name: for logs and metrics.
         num_threads: cores that one batch uses.
-        limit_s: how long a batch may take before it counts as hung, seconds.
+        limit_s: duration after which a batch counts as hung, seconds.
     """
 
     depth = 1

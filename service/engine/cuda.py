@@ -32,7 +32,7 @@ class CudaRunner:
     Args:
         tokenizer: on the GPU.
         buckets: sizes that batches are padded to.
-        limit_s: how long a batch may take before it counts as hung, seconds.
+        limit_s: duration after which a batch counts as hung, seconds.
     """
 
     depth = 2
@@ -166,7 +166,7 @@ class CudaLaunched:
         try:
             self.copied.synchronize()
             device_s = self.began.elapsed_time(self.ended) / 1e3
-            # The buffers are the next batch's: what is kept is copied, and becomes float32 on the way.
+            # The next batch overwrites the buffers, so results are copied, and become float32 on the way.
             results = self.host_results.to(torch.float32, copy=True)
             outcome = Outcome(results, self.host_finite.tolist(), time.monotonic() - device_s, device_s)
         except BaseException:

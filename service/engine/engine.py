@@ -41,7 +41,7 @@ _FAILED = "The engine has failed and the service is about to stop; its log says 
 
 
 class EngineState(StrEnum):
-    """Where an engine is in its life."""
+    """The stages of an engine's life."""
 
     LOADING = "loading"
     READY = "ready"
@@ -65,14 +65,14 @@ class Engine:
     Args:
         settings: devices, buckets, timeouts.
         metrics: where batches are counted.
-        load: gives the tokenizer for the one device in the settings it is given; called in the engine's
-            thread.
-        on_failure: called, in a thread of the engine's, when it failed, at loading or later.
-        on_ready: called there when it begins to take work.
+        load: loads the tokenizer. Called in the engine's thread, once per device, with
+            `settings.device` set to it.
+        on_failure: called in a thread of the engine when it fails, at loading or later.
+        on_ready: called in that thread when it begins to take work.
 
     Attributes:
-        rates: what items cost, as measured.
-        failure: why it failed; None unless it did.
+        rates: measured cost of items.
+        failure: the reason of its failure; None while there is none.
         broken: whether a device hung or died, at the start or later, rather than a checkpoint or a setting
             being unusable.
     """
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def state(self) -> EngineState:
-        """Where it is in its life."""
+        """The stage of its life."""
         return self._state
 
     @property
@@ -172,12 +172,12 @@ class Engine:
         self._queue.put(job)
 
     def cancel(self, job: Job, error: Exception, outcome: str = "cancelled") -> None:
-        """Take a job back: what no device has begun never will be.
+        """Take a job back. Items that no device has begun are never computed.
 
         Args:
             job: settled or not.
             error: how its future is settled, if it is not yet.
-            outcome: what its waiting items count as.
+            outcome: under which its waiting items are counted.
         """
         job.fail(error)
         taken_back = self._queue.remove(job)
@@ -190,9 +190,9 @@ class Engine:
                 self._state = EngineState.DRAINING
 
     def close(self, timeout_s: float) -> None:
-        """Finish what was taken for at most ``timeout_s``, fail whatever remains, and stop.
+        """Finish the accepted jobs within ``timeout_s``, fail the rest, and stop.
 
-        What still loads is left alone: nothing was taken yet.
+        An engine that still loads is left alone: it has no jobs yet.
         """
         self.start_draining()
         self._closing.set()
@@ -215,7 +215,7 @@ class Engine:
             self.cancel(job, error, "failed")
 
     def unavailable(self) -> UnavailableError:
-        """Why no work is taken now."""
+        """The error for work that is not taken now."""
         details = {
             EngineState.LOADING: "The model is still loading.",
             EngineState.FAILED: "The model could not be loaded; the service's log says why.",
@@ -283,7 +283,7 @@ class Engine:
         """Start a worker for each runner, and wait until all have run every bucket.
 
         Raises:
-            Exception: what a worker failed with.
+            Exception: the error of a worker.
         """
         self._queue.num_engines = len(runners)
         for runner in runners:

@@ -1,4 +1,4 @@
-"""The operations: what the model does with an item.
+"""The operations of the model on an item.
 
 A row of this table is all that queue, runners, routes, OpenAPI document and metrics know of an operation.
 """
@@ -62,7 +62,7 @@ class BatchKey:
     """Items with equal keys can go through the model together.
 
     Attributes:
-        operation: what is done with them.
+        operation: of all of them.
         latent: which latent is made of images.
         normalize: whether latents, in or out, are normalised per position.
     """

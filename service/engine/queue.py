@@ -1,7 +1,7 @@
 """Jobs, and the queue that groups their items into batches.
 
 A request becomes a `Job` of items, one image or latent each, so that items of different requests can
-share a batch. The queue is all that request handlers and the engines' threads share.
+share a batch. Request handlers and the engines' threads share the queue alone.
 """
 
 import math
@@ -31,7 +31,7 @@ class Job:
     """One request's items on their way through the engines.
 
     Args:
-        key: what is done with the items.
+        key: kind of its items.
         inputs: images [3, S, S], uint8 or float32 in [0, 1], or latents [C, h, w] float32; on the CPU.
         deadline_s: on the clock of `time.monotonic`; items not begun by then are not begun.
 
@@ -105,7 +105,7 @@ class FairQueue:
     operation which floods the queue delays the others by one batch at most (start-time fair queueing: a
     lane that was idle starts level with the one served last, and cannot save up).
 
-    Room is not the queue's business: what is put was admitted before.
+    The queue does not bound its length: jobs are admitted before they are put.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class FairQueue:
             return self._take(max_items) if matching >= max_items else []
 
     def charge(self, operation: Operation, duration_s: float) -> None:
-        """Note what a batch of an operation took of the device, seconds."""
+        """Note the device's time for a batch of an operation, seconds."""
         with self._changed:
             self._used_s[operation] += duration_s
 

@@ -1,4 +1,4 @@
-"""What items cost, as measured."""
+"""The measured cost of items."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ _SMOOTHING = 0.1  # weight of the newest batch: some ten batches are remembered
 
 
 class Rates:
-    """What an item of each operation costs an engine, seconds, measured batch by batch."""
+    """Seconds that an engine takes per item of each operation, measured batch by batch."""
 
     def __init__(self) -> None:
         self._item_s: dict[Operation, float] = {}

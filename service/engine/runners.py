@@ -16,7 +16,7 @@ from service.engine.operations import BatchKey, Operation
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a batch gave.
+    """The outcome of a batch.
 
     Attributes:
         results: [n, ...] float32 on the CPU.
@@ -57,12 +57,12 @@ class Runner(Protocol):
     depth: int
 
     def warm(self) -> Mapping[Operation, float]:
-        """Run every bucket, so that no request pays for what is compiled, captured or allocated once.
+        """Run every bucket, so that no request pays for compilation, capture or first allocations.
 
         Buckets that turn out too slow are left out of `buckets`, except the smallest.
 
         Returns:
-            How long a batch of the largest bucket takes then, seconds.
+            Seconds that a batch of the largest bucket then takes, by operation.
         """
         ...
 
@@ -70,11 +70,11 @@ class Runner(Protocol):
         """Begin a batch of at most the largest bucket's size.
 
         Args:
-            key: what is done.
+            key: kind of the batch.
             inputs: images [3, S, S] uint8 or float32 in [0, 1], or latents [C, h, w] float32; on the CPU.
         """
         ...
 
     def free_memory(self) -> None:
-        """Give back what is cached, after the device ran out of memory."""
+        """Give cached memory back after the device ran out of memory."""
         ...

@@ -9,7 +9,7 @@ from service.engine.operations import OPERATIONS, RECONSTRUCT, BatchKey, Operati
 from service.engine.runners import Runner
 
 SLACK = 2.0
-"""A batch may take so many times as long as when it was measured before it counts as hung."""
+"""A batch counts as hung once it takes this many times its measured duration."""
 _NUM_SAMPLES = 3
 _MEASURE_S = 2.0
 
@@ -23,7 +23,7 @@ def measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
 
 
 def fast_buckets(runner: Runner, tokenizer: Tokenizer, limit_s: float) -> tuple[int, ...]:
-    """Run the buckets, ascending: those of which a batch leaves enough of ``limit_s``, and the smallest."""
+    """Run the buckets, ascending: keeps the smallest, and those that take well below ``limit_s``."""
     key = BatchKey(RECONSTRUCT)  # encodes and decodes: nothing takes longer
     kept: list[int] = []
     for bucket in runner.buckets:
@@ -42,12 +42,12 @@ def _best_s(
     budget_s: float,
     enough_s: float = 0.0,
 ) -> float:
-    """Seconds that a batch takes: of several samples the best, since any may have been held up by others.
+    """Seconds that a batch takes: the best of several samples, since others may hold up any of them.
 
     Args:
         runner: its thread is this one.
         tokenizer: of the runner.
-        key: what is done.
+        key: kind of the batch.
         num_items: a bucket.
         budget_s: no further sample is begun after it.
         enough_s: nor once one was as good as this.

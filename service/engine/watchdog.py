@@ -29,7 +29,7 @@ class Watched(Protocol):
 
     Attributes:
         name, native_id: as of `threading.Thread`.
-        busy_since_s: when it began what it is at, on the clock of `time.monotonic`; None when at nothing.
+        busy_since_s: begin of its current work, on the clock of `time.monotonic`; None while it is idle.
         computes: whether its work is the CPU's.
     """
 
@@ -44,7 +44,7 @@ class Watched(Protocol):
 
 
 Usage = Mapping[int, tuple[float, float]]
-"""For how long each thread of the process has run, and has been ready and had no CPU, seconds."""
+"""Seconds that each thread of the process has run, and seconds that it was ready and had no CPU."""
 
 
 @dataclass
@@ -53,8 +53,8 @@ class _Count:
 
     Attributes:
         since_s: which piece of work.
-        usage: as it was then; None at the first look, since most work does not live to see a second one.
-        counted_s: what was counted so far.
+        usage: at the last look; None at the first one, since most work is over before the second.
+        counted_s: time counted so far.
     """
 
     since_s: float
@@ -70,7 +70,7 @@ class Watchdog:
         self._counts: dict[int, _Count] = {}
 
     def look(self, threads: Iterable[Watched]) -> None:
-        """Count the time since the last look. To be called several times a second."""
+        """Count the time since the last look. Call it several times per second."""
         now_s = time.monotonic()
         passed_s, self._looked_s = now_s - self._looked_s, now_s
         if passed_s > OVERSLEPT_S:
@@ -91,7 +91,7 @@ class Watchdog:
         self._counts = counts
 
     def counted_s(self, thread: Watched) -> float:
-        """How long a thread has been at what it does now, seconds, as counted; 0 when at nothing."""
+        """Counted time of a thread's current work, seconds; 0 while it is idle."""
         count = self._counts.get(thread.native_id or 0)
         return 0.0 if count is None or count.since_s != thread.busy_since_s else count.counted_s
 
@@ -116,7 +116,7 @@ def is_runnable(task: int) -> bool:
 
 
 def read_usage() -> Usage:
-    """What the system tells of the threads of this process; nothing where it does not."""
+    """Usage of the threads of this process; empty where the system does not tell."""
     usage: dict[int, tuple[float, float]] = {}
     try:
         tasks = os.listdir(_TASKS)

@@ -1,4 +1,4 @@
-"""A worker: the thread that takes batches, runs them on its device, and delivers what they gave.
+"""A worker: the thread that takes batches, runs them on its device, and delivers their results.
 
 When a batch fails it is split and run again, down to single items, so that only the guilty fail.
 """
@@ -68,11 +68,11 @@ class Worker(threading.Thread):
         self.failure: BaseException | None = None
         """Why it ended before its time."""
         self.busy_since_s: float | None = None
-        """When it began what it is at, a batch or to warm up; None when at nothing."""
+        """Begin of its current batch or of warming up; None while it is idle."""
         self.computes = not runner.name.startswith("cuda")
         """Whether its batches are computed by its own thread."""
         self.batch_s = 0.0
-        """How long the slowest batch of the largest size takes, as measured when warming."""
+        """Duration of the slowest batch of the largest size, measured while warming."""
         self._runner = runner
         self._queue = queue
         self._probe = probe
@@ -159,7 +159,7 @@ class Worker(threading.Thread):
             self._deliver(flight.tickets, outcome)
 
     def _recover(self, tickets: list[Ticket], error: Exception) -> None:
-        """After a batch failed: end what else is in flight, then run again what failed.
+        """End the batches in flight after one failed, then run the failed ones again.
 
         A failure beside another batch may be that one's fault, or only want its memory. What failed so is
         run again whole, with nothing beside it, before anything is made of its failure.
@@ -219,7 +219,7 @@ class Worker(threading.Thread):
             self._metrics.batch_failures.labels(_reason(error)).inc()
 
     def _account_from_now(self) -> None:
-        """What the next batch costs begins now."""
+        """Count the cost of the next batch from now on."""
         self._ended_s, self._idle_s = time.monotonic(), 0.0
 
     def _blame(self, ticket: Ticket, error: Exception) -> None:
@@ -252,7 +252,7 @@ class Worker(threading.Thread):
     def _deliver(self, tickets: list[Ticket], outcome: Outcome) -> None:
         key = tickets[0].job.key
         finished_s = time.monotonic()
-        # What a batch costs the queue is more than the device's time: all that the host did for it, too.
+        # A batch costs the queue more than the device's time: the host's work for it counts too.
         # It is no less where another batch failed in between, from whose end on it is accounted.
         cost_s = max(outcome.device_s, finished_s - self._ended_s - self._idle_s)
         self._rates.record(key.operation, len(tickets), cost_s)

@@ -23,12 +23,12 @@ _HEAP_BYTES = 2**20
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """What a body may be.
+    """Limits of a body.
 
     Attributes:
-        max_bytes: how large.
-        timeout_s: how long it may pause, seconds.
-        bytes_per_s: how slow it may be.
+        max_bytes: largest size.
+        timeout_s: longest pause, seconds.
+        bytes_per_s: least rate.
     """
 
     max_bytes: int
@@ -57,15 +57,15 @@ def check_declared(request: Request, max_bytes: int) -> None:
 
 
 async def read_body(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytes:
-    """The whole body; stops as soon as it is too large or too slow, whatever Content-Length says.
+    """Read the whole body. Stops as soon as it is too large or too slow, whatever Content-Length says.
 
     Every byte earns the body time, up to ``limits.timeout_s`` from now: so much it may pause, and so much
     it may be behind the least rate.
 
     Args:
         request: its headers are there.
-        limits: what it may be.
-        hold: called with the bytes that came so far, before they are kept; raises where there is no room.
+        limits: of the body.
+        hold: called with the number of bytes so far, before they are kept; raises where there is no room.
 
     Raises:
         MalformedError: an empty body.
@@ -92,7 +92,7 @@ async def read_body(request: Request, limits: BodyLimits, hold: Callable[[int], 
     except TimeoutError as exc:
         raise RequestTimeoutError(
             f"The body came too slowly: it may pause for {limits.timeout_s:g} s, "
-            f"and has at least {limits.bytes_per_s} bytes a second."
+            f"and has at least {limits.bytes_per_s} bytes per second."
         ) from exc
     if len(body) == 0:
         raise MalformedError("The body is empty.")

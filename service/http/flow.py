@@ -22,7 +22,7 @@ class HeldFlow(FlowControl):
 
 
 class AnswerTransport:
-    """What a request's answer is written to: the connection's transport, but it closes in another way.
+    """The connection's transport as an answer sees it: it closes in another way.
 
     Args:
         transport: of the connection.
@@ -40,7 +40,7 @@ def ask_while_unanswered(
 ) -> None:
     """Find out whether a client is still there that sends no more: one that is gone resets the connection.
 
-    One that waits for its answer passes over what is written here (RFC 9110, 15.2). It is asked again, less
+    A client that waits for its answer skips this interim response (RFC 9110, 15.2). It is asked again, less
     and less often, since only what follows the reset fails.
     """
     if not cycle.response_started and not cycle.transport.is_closing():

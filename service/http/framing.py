@@ -1,4 +1,4 @@
-"""Where one HTTP/1.1 message ends and the next begins, and which heads are refused (RFC 9112).
+"""The ends of HTTP/1.1 messages, and the heads that are refused (RFC 9112).
 
 The parser would go through every request that it is given at once. It is given pieces instead, none of
 which reaches beyond the end of a message: only then does the next request wait as the bytes that it is.
@@ -52,7 +52,7 @@ class Framer:
         self._left, self._is_chunked = num_bytes or 0, num_bytes is None
 
     def cut(self, data: bytes, start: int) -> int:
-        """Where the piece ends that begins at ``start``, which is before the end of ``data``.
+        """The end of the piece that begins at ``start``, a place before the end of ``data``.
 
         Raises:
             VersionError: a request line of another protocol.
@@ -119,7 +119,7 @@ def is_read(name: bytes, value: bytes) -> bool:
 
 
 def check_version(version: str) -> None:
-    """Refuse what is not HTTP/1.0 or HTTP/1.1.
+    """Refuse versions other than HTTP/1.0 and HTTP/1.1.
 
     Raises:
         VersionError: another one.

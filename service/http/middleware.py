@@ -33,7 +33,7 @@ TIMEOUT_PATTERN = r"^(?=.*[1-9])[0-9]{1,15}(\.[0-9]{1,15})?$"
 """Positive seconds, as the header writes them."""
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
-"""What probes ask without a key."""
+"""Paths of probes, which need no key."""
 
 SLICE_BYTES = 64 * 1024
 
@@ -51,10 +51,10 @@ class RequestMiddleware:
     """Gives every request its context and every answer its headers; counts, logs and traces.
 
     Args:
-        app: what it wraps.
+        app: the wrapped application.
         request_timeout_s: deadline of a request, until the gate sets another.
         metrics: where requests are counted.
-        routes: paths that are counted by name; the rest counts as ``other``.
+        routes: paths that are counted by name; all others count as ``other``.
         tracing: begins and ends the spans of requests.
         is_closing: whether the service is about to end, so that connections should not be used again.
     """
@@ -152,10 +152,10 @@ class GateMiddleware:
     """Decides, before the body is read, who may come in and until when.
 
     Args:
-        app: what it wraps.
+        app: the wrapped application.
         keys: the keys that clients need.
         max_request_timeout_s: longest deadline that a request can ask for.
-        retry_after_s: what requests are told that the service stops before they are done.
+        retry_after_s: sent to requests that are not done when the service stops.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, max_request_timeout_s: float, retry_after_s: int) -> None:
@@ -207,7 +207,7 @@ class GateMiddleware:
 
 
 class CrossOriginMiddleware(CORSMiddleware):
-    """Starlette's cross-origin rules, of which a refusal is a problem document."""
+    """Starlette's cross-origin rules, with refusals as problem documents."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -216,7 +216,7 @@ class CrossOriginMiddleware(CORSMiddleware):
             await problem_response(exc, scope["state"]["context"])(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Allow what a page asks before it sends a request.
+        """Answer the question that a page asks before it sends a request.
 
         Raises:
             PreflightError: its origin, its method or a header is not allowed.
@@ -252,7 +252,7 @@ def parse_timeout_s(values: list[str]) -> float:
 
 
 def _in_slices(message: Message) -> Iterator[Message]:
-    """A part of an answer as parts of which the next is sent once the client has read enough of the last.
+    """Cut a part of an answer, so that each slice is sent once the client has read enough of the last one.
 
     Sent at once, a large one would lie in the connection's buffer after its request has ended, uncounted.
     """

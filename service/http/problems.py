@@ -61,7 +61,7 @@ def problem(error: ServiceError, request_id: str) -> dict[str, Any]:
 
 
 def problem_message(error: ServiceError) -> bytes:
-    """An answer as bytes, for what is refused before it is a request; it closes the connection."""
+    """An answer as bytes, for input that is refused before it is a request. It closes the connection."""
     request_id = secrets.token_hex(16)
     body = json.dumps(problem(error, request_id)).encode()
     headers = {

@@ -45,7 +45,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             closed; where none is idle, it may be one of a few that only probes are answered on.
         header_timeout_s: from the connection, or a further request's first byte, to its complete headers.
         answer_timeout_s: how long a client may leave an answer unread.
-        retry_after_s: what a client is told that finds no place.
+        retry_after_s: sent to clients that find no place.
         idle: connections without a request, the longest idle first.
     """
 
@@ -107,7 +107,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; what is wrong with it is answered, never raised."""
+        """Parse the bytes that came. Mistakes in them are answered, never raised."""
         if self._refused:
             return
         self._unset_keepalive_if_required()
@@ -183,7 +183,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             ask_while_unanswered(self.cycle, self.loop)
 
     def on_response_complete(self) -> None:
-        """Go on with what has come since, or wait for the next request or the rest of this one."""
+        """Parse the bytes that have come since, or wait for more."""
         super().on_response_complete()
         if self._refused or self.transport.is_closing():
             self._unset_keepalive_if_required()
@@ -195,7 +195,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._await_request()
 
     def shutdown(self) -> None:
-        """Close once what is in flight is answered; what was refused closes by itself."""
+        """Close once the request in flight is answered. A refused connection closes by itself."""
         if not self._refused:
             super().shutdown()
 
@@ -205,14 +205,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def leave(self) -> None:
-        """Close once what was written is sent; a client that is still sending has time to read it."""
+        """Close once the answer is sent. A client that is still sending gets time to read it."""
         if not self._in_body:
             self.transport.close()
         elif not self._refused:
             self._linger()
 
     def _parse(self) -> None:
-        """Parse what came, up to the end of a request that must be answered first."""
+        """Parse the waiting bytes, up to the end of a request that must be answered first."""
         data, at = self._unparsed, 0
         self._unparsed = b""
         for _ in range(_PIECES_A_TURN):
@@ -263,7 +263,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
 
     def _await_request(self) -> None:
-        """Between requests: the rest of what has begun must come soon, the beginning of the next may take."""
+        """Wait between requests: briefly for the rest of one that has begun, longer for the next one."""
         self._unset_keepalive_if_required()
         if self._in_head or self._in_body:
             self._start_timer(self.header_timeout_s)
@@ -285,7 +285,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise _too_large()
 
     def _check_place(self) -> None:
-        """Refuse what is no probe while there are too many connections."""
+        """Refuse requests other than probes while there are too many connections."""
         self._is_spare &= len(self.connections) > self.max_connections
         if self._is_spare and self.url.partition(b"?")[0].decode("latin-1") not in PUBLIC_PATHS:
             self._count("limit")

@@ -1,4 +1,4 @@
-"""Image files to pixels, with Pillow alone: what decoder processes and `service.codecs.images` run.
+"""Image files to pixels, with Pillow alone. Decoder processes and `service.codecs.images` run it.
 
 Every picture is brought to RGB [S, S, 3], S the model's image size: EXIF orientation applied, colours
 converted to sRGB by the embedded ICC profile where there is one, alpha composited on white, then
@@ -31,7 +31,7 @@ class ImagePart(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What is accepted: most pixels, largest ratio of the sides, most frames; and the side and fit given."""
+    """Limits of an image (pixels, ratio of the sides, frames), and the side and fit of the result."""
 
     side: int
     max_pixels: int
@@ -120,7 +120,7 @@ def check_extent(extent: Extent, rules: ImageRules, name: str) -> None:
 
 
 def _check_opened(picture: ImageFile.ImageFile, extent: Extent | None, rules: ImageRules) -> None:
-    """Hold what the decoder found to what the header said, by which the file was judged.
+    """Compare the decoder's findings with the header by which the file was judged.
 
     Raises:
         OSError: it has more pixels.

@@ -1,4 +1,4 @@
-"""The service's side of one decoder process: what was sent to it, its socket, and the memory it shares."""
+"""The service's side of one decoder process: its jobs, its socket, and the shared memory."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ class Job:
     """An image file on its way through a decoder.
 
     Attributes:
-        num_pixels: what decoding it costs.
+        num_pixels: cost of decoding it.
         attempts: decoders that ended while they had it first.
         begun_s: when it became its decoder's first.
         duration_s: how long its decoder took.
@@ -87,12 +87,12 @@ class DecoderLink(asyncio.Protocol):
     """One decoder process; all methods belong to the event loop's thread.
 
     Args:
-        module: what the process runs.
+        module: run by the process.
         on_answer: called after replies, with the jobs that they settled.
         on_lost: called with this once the process has closed its socket.
 
     Attributes:
-        jobs: what was sent to it and not answered yet.
+        jobs: sent to it and not answered yet.
         ready: whether it ever answered.
         discarded: whether it was ended because nobody waited for its image any more.
         num_stalls: checks in a row at which it had made no progress.

@@ -4,8 +4,8 @@ Images are decoded in processes of their own because threads would have to share
 event loop, and because a decoder that crashes or hangs on a hostile file then takes nothing with it: it is
 started again, and the image that it was at is tried once more.
 
-Requests take turns, an image each, and what a request no longer needs is withdrawn. A decoder cannot be
-interrupted: large images are kept from one of the decoders, and one is ended where nobody waits any more.
+Requests take turns, one image each. Images that a request no longer needs are withdrawn. A decoder cannot be
+interrupted: large images are kept from one of the decoders, and a decoder is ended once nobody waits for it.
 """
 
 import asyncio
@@ -180,7 +180,7 @@ class Decoders:
         task.add_done_callback(self._tasks.discard)
 
     def _assign(self) -> None:
-        """Give the decoders what they have room for, one image of each request in turn."""
+        """Give the decoders images while they have room, one of each request in turn."""
         while any(link.has_room for link in self._decoders) and self._assign_next():
             pass
 
@@ -226,7 +226,7 @@ class Decoders:
         self._assign()
 
     def _lost(self, link: DecoderLink) -> None:
-        """A decoder has ended: start another, and try again what it had."""
+        """A decoder has ended: start another, and try its images again."""
         if self._closed:
             return
         self._decoders.remove(link)
@@ -268,7 +268,7 @@ class Decoders:
         self._waiting.move_to_end(job.request, last=False)
 
     async def _watch(self) -> None:
-        """Replace decoders that make no progress; what they had is then tried again or fails."""
+        """Replace decoders that make no progress. Their images are tried again, or fail."""
         while True:
             await asyncio.sleep(max(self._timeout_s / _CHECKS_PER_TIMEOUT, _LEAST_CHECK_S))
             for link in list(self._decoders):

@@ -64,7 +64,7 @@ def _rules_json(rules: ImageRules) -> str:
 
 
 def serve(connection: socket.socket, arena: mmap.mmap) -> None:
-    """Decode what comes until the other side closes the connection."""
+    """Decode images until the other side closes the connection."""
     connection.sendall(REPLY.pack(0))
     with connection.makefile("rb") as requests:
         while (head := requests.read(REQUEST.size)) and len(head) == REQUEST.size:
@@ -95,7 +95,7 @@ def _reply(requests: BinaryIO, head: bytes, arena: mmap.mmap) -> bytes:
 
 @contextmanager
 def _bounded(num_pixels: int, num_bytes: int) -> Iterator[None]:
-    """Limit what the block may take of CPU time and memory beyond what the process has.
+    """Limit the CPU time of the block, and its memory beyond the process's own.
 
     The timer's signal ends the process, also in a library that never returns, and counts no time in which
     the process is stopped or starved. Without memory, allocations fail.

@@ -13,7 +13,7 @@ from service.photos.decode import UNKNOWN_PIXELS, ImagePart, ImageRules, capital
 from service.telemetry.metrics import Metrics
 
 LARGE_PIXELS = 16_000_000
-"""Of an image that keeps a decoder for long: at 10 to 60 ns per pixel, up to a second."""
+"""Size of an image that keeps a decoder for long: at 10 to 60 ns per pixel, up to a second."""
 
 _FIRST_PIXEL_S = 30e-9  # before any was measured: JPEG takes 15 ns, WebP 50 ns on a server's core
 _MOST_PIXEL_S = 200e-9  # more says nothing of other images: a file may hide what it costs
@@ -35,7 +35,7 @@ class PixelRoom:
 
     Args:
         limits: the most that are taken.
-        num_decoders: how many work on them side by side.
+        num_decoders: number that work side by side.
         metrics: where room and refusals are counted.
     """
 
@@ -100,7 +100,7 @@ class PixelRoom:
         self._pixel_s += min(num_pixels / LARGE_PIXELS, 0.5) * (newest - self._pixel_s)
 
     def _limit(self, num_pixels: int) -> int:
-        """A quarter of what one more large request would leave is kept for requests of ordinary photos."""
+        """A quarter of the room beside one large request is kept for requests of ordinary photos."""
         most = self._limits.queue_limit_pixels
         if num_pixels <= LARGE_PIXELS:
             return most

@@ -1,1 +1,1 @@
-"""Logs, metrics, traces, and what is known about a request."""
+"""Logs, metrics, traces, and the context of a request."""

@@ -1,4 +1,4 @@
-"""What is known about one request while it is answered: its id, its deadline, where its time went."""
+"""The context of a request while it is answered: its id, its deadline, its stages."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Stage(NamedTuple):
-    """A part of a request's time: its name, when it began (`time.monotonic`), how long it took; seconds."""
+    """A part of a request's time: name, begin on the clock of `time.monotonic`, duration; seconds."""
 
     name: str
     started_s: float
@@ -24,14 +24,14 @@ class RequestContext:
 
     Attributes:
         request_id: the client's ``X-Request-ID`` where it sent a usable one.
-        deadline_s: when the request's time is up, on the clock of `time.monotonic`.
+        deadline_s: end of the request's time, on the clock of `time.monotonic`.
         outcome: ``ok``, or the slug of the problem that was answered.
-        stages: where the time went, in order: read, decode, queue, batch, device, encode.
+        stages: parts of its time, in order: read, decode, queue, batch, device, encode.
         span: its span in a distributed trace; None without the extra ``drorae[otel]``.
         trace_headers: name the span to others.
         abandoned: whether its client went away before the answer was written.
-        work: what ends once its answer is written, or cannot be.
-        resources: what it gives back once its answer is sent.
+        work: closed once the answer is written, or cannot be written.
+        resources: closed once the answer is sent.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""The service's log on stderr: lines of text, or one JSON object a line."""
+"""The service's log on stderr: lines of text, or one JSON object per line."""
 
 import json
 import logging
@@ -20,14 +20,14 @@ ACCESS_FIELDS = (
     "bytes_in",
     "bytes_out",
 )
-"""What a record may carry beyond its message; the client's address and its headers are not among it."""
+"""Fields of a record beyond its message. They never include the client's address or headers."""
 
 _encode = json.JSONEncoder(default=str, check_circular=False).encode
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time (RFC 3339, UTC), level, logger, message, `ACCESS_FIELDS`, exception."""
+    """One object per line: time (RFC 3339, UTC), level, logger, message, `ACCESS_FIELDS`, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
@@ -52,7 +52,7 @@ def configure(level: str, log_format: LogFormat) -> None:
 
     Args:
         level: least severe level that is logged, such as ``info``.
-        log_format: ``text``, or ``json`` for one object a line.
+        log_format: ``text``, or ``json`` for one object per line.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_TEXT_FORMAT))

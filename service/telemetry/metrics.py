@@ -15,7 +15,7 @@ _BYTES = tuple(4**exponent * 1024 for exponent in range(10))  # 1 KiB to 256 MiB
 
 
 class Metrics:
-    """What is counted and timed. Label values come from fixed sets, so the number of series is bounded.
+    """Counters, gauges and histograms. Label values come from fixed sets, so the number of series is bounded.
 
     A request's way, and what times it: its body is read and decoded (``body_decode_seconds``), its items
     wait for a batch (``queue_seconds``), the batch waits for the device (``batch_wait_seconds``) and runs

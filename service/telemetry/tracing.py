@@ -37,11 +37,11 @@ _MAX_PATH_CHARS = 256
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """What is known of a request once it is over, beyond its context.
+    """Facts of a finished request that its context lacks.
 
     Attributes:
         method: the HTTP method.
-        path: what the client asked for, without the query.
+        path: of the request, without the query.
         route: the route's path, empty where there is none.
         http_version: such as ``1.1``.
         status: of the answer, 0 where none was begun.

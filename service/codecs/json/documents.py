@@ -1,8 +1,8 @@
 """JSON objects with one long list and a few fields beside it, in and out.
 
 Python's values take up to a hundred times the bytes of the JSON that they come from, and a parser keeps the
-interpreter until it is done. So the list is set apart as it stands, for a reader that knows what it must hold
-and reads it in slices; a parser sees only what is left, which is short.
+interpreter until it is done. So the list is set apart as it stands, for a reader that knows its items and
+reads them in slices. A parser sees only the short rest.
 """
 
 import codecs
@@ -75,10 +75,10 @@ def read_document(
 
 
 def write_document(fields: BaseModel, name: str, pieces: Iterable[bytes]) -> bytes:
-    """A JSON object of the fields, of which one is a long list.
+    """Write a JSON object of which one field is a long list.
 
     Args:
-        fields: the others; what they hold under ``name`` is left out.
+        fields: the other fields; a value under ``name`` is left out.
         name: of the field with the long list.
         pieces: the text between the list's brackets.
     """

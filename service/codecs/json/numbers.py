@@ -68,7 +68,7 @@ def write_numbers(tensor: Tensor) -> Iterator[bytes]:
 
 
 def _end(text: bytes, start: int) -> int:
-    """Where the lists end: lists of numbers hold neither quotes nor braces, and one of them comes next."""
+    """The end of the lists: lists of numbers hold neither quotes nor braces, and one of them comes next."""
     stop = find(text, b"}", start)
     quote = find(text, b'"', start, stop if stop >= 0 else len(text))
     stop = quote if quote >= 0 else stop
