@@ -1,6 +1,6 @@
 """The table of routes: where each one is, what answers it, and what goes in and out."""
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api import routes
-from service.codecs.media_types import JPEG, JSON, NPY, PNG, RAW, SAFETENSORS, WEBP, ZIP
-from service.codecs.requests import IMAGE_MEDIA_TYPES
+from service.codecs.media_types import JSON, LATENT_MEDIA_TYPES, PICTURE_MEDIA_TYPES, RAW
+from service.codecs.requests import IMAGE_MEDIA_TYPES, LATENT_BODY_MEDIA_TYPES
 from service.codecs.schemas import (
     CommonOptions,
     DecodeOptions,
@@ -72,14 +72,11 @@ _BODIES: Mapping[str, Schemas] = {
         "application/octet-stream": BINARY,
     },
     "latents": {
-        **dict.fromkeys((SAFETENSORS, NPY, RAW, "application/octet-stream"), BINARY),
+        **dict.fromkeys((*LATENT_BODY_MEDIA_TYPES, "application/octet-stream"), BINARY),
         JSON: ref(LatentsIn),
     },
 }
-_BINARY_ANSWERS: Mapping[str, Sequence[str]] = {
-    "latents": (SAFETENSORS, NPY, RAW),
-    "pictures": (PNG, JPEG, WEBP, ZIP, SAFETENSORS, NPY, RAW),
-}
+_ANSWER_MEDIA_TYPES = {"latents": LATENT_MEDIA_TYPES, "pictures": PICTURE_MEDIA_TYPES}
 _ANSWERS = {"latents": "Latents [N, C, h, w].", "pictures": "One picture, a zip of several, or a tensor."}
 
 
@@ -115,7 +112,7 @@ def _of_operation(
     operation: Operation, handler: Handler, options: type[CommonOptions], document: type[BaseModel]
 ) -> Endpoint:
     """The route of an operation; ``document`` is its JSON answer."""
-    answers = {**dict.fromkeys(_BINARY_ANSWERS[operation.gives], BINARY), JSON: ref(document)}
+    answers = {**dict.fromkeys(_ANSWER_MEDIA_TYPES[operation.gives], BINARY), JSON: ref(document)}
     summary, bodies = _ANSWERS[operation.gives], _BODIES[operation.takes]
     return Endpoint(f"/{operation.name}", handler, summary, answers, PROBLEMS, bodies, options)
 
