@@ -19,7 +19,7 @@ from benchmarks.harness.timing import FLUSH_BYTES, Ceilings, Timing, measure_cei
 from model.config import PRESETS, TokenizerConfig
 from training.data.batches import Batch
 from training.phases.reconstruction import TRAINED_PARTS, ReconstructionTask
-from training.planning.footprint import Footprint, build_networks, measure_footprint
+from training.planning.footprint import Footprint, measure_footprint
 from training.recipes.recipe import PhaseRecipe
 
 DESCRIPTION = """\
@@ -163,7 +163,7 @@ class Case:
         """Before and after the adversarial loss sets in."""
         recipe, setup = self.recipe, self.setup
         task = ReconstructionTask(self.phase, recipe, samples=[])
-        footprint = self._footprint(task.tokenizer.config)
+        footprints = self._footprints(task.tokenizer.config)
         side = task.tokenizer.config.image_size
         images = torch.randint(256, (self.batch, 3, side, side), dtype=torch.uint8).to(setup.device)
         micro_batches = [Batch(images, torch.zeros(self.batch), 0)] * recipe.accumulation_steps
@@ -181,7 +181,7 @@ class Case:
                     self._num_runs(),
                     f"{self.phase}, {losses}, batch {self.batch}",
                 )[losses]
-            yield self._row(losses, step, footprint, timing, ceilings, wide, peak_bytes)
+            yield self._row(losses, step, footprints[losses], timing, ceilings, wide, peak_bytes)
 
     def _row(
         self,
@@ -194,13 +194,12 @@ class Case:
         peak_bytes: Sequence[int],
     ) -> TrainingRow:
         recipe, arguments = self.recipe, self.arguments
-        cost = footprint.plain if losses == "plain" else footprint.adversarial
-        assert cost is not None
         operations = footprint.operations_per_image(step, recipe)
         images_per_s = 1e3 * recipe.batch_size / timing.p50_ms
-        tflops = operations.total * images_per_s / 1e12
+        tflops = operations.total() * images_per_s / 1e12
         ideal_s = (
-            operations.bfloat16 / ceilings.matrix_tflops + operations.float32 / wide.matrix_tflops
+            operations[torch.bfloat16] / ceilings.matrix_tflops
+            + operations[torch.float32] / wide.matrix_tflops
         ) / 1e12
         return TrainingRow(
             **vars(self.setup.provenance),
@@ -216,15 +215,15 @@ class Case:
             accumulation=recipe.accumulation_steps,
             **vars(timing),
             images_per_s=images_per_s,
-            gflop_bfloat16=operations.bfloat16 / 1e9,
-            gflop_float32=operations.float32 / 1e9,
+            gflop_bfloat16=operations[torch.bfloat16] / 1e9,
+            gflop_float32=operations[torch.float32] / 1e9,
             tflops=tflops,
             matrix_tflops=ceilings.matrix_tflops,
             float32_tflops=wide.matrix_tflops,
             matrix_share=tflops / ceilings.matrix_tflops,
             roof_share=ideal_s * images_per_s,
             memory_gib=peak_bytes[0] / 2**30 if peak_bytes else None,
-            memory_estimate_gib=(footprint.static_bytes + cost.peak_bytes) / 2**30,
+            memory_estimate_gib=footprint.peak_bytes / 2**30,
         )
 
     def _recipe(self, checkpoint: Path, weights: Mapping[str, Path]) -> PhaseRecipe:
@@ -258,9 +257,14 @@ class Case:
             }
         )
 
-    def _footprint(self, config: TokenizerConfig) -> Footprint:
-        networks = build_networks(config, self.recipe, TRAINED_PARTS[self.phase])
-        return measure_footprint(networks, self.recipe, self.batch, self.recipe.accumulation_steps)
+    def _footprints(self, config: TokenizerConfig) -> dict[str, Footprint]:
+        """Estimates before and after the adversarial loss sets in."""
+        plain = self.recipe.loss.model_copy(update={"adversarial": 0.0})
+        recipes = {"plain": self.recipe.model_copy(update={"loss": plain}), "adversarial": self.recipe}
+        return {
+            name: measure_footprint(config, recipe, TRAINED_PARTS[self.phase])
+            for name, recipe in recipes.items()
+        }
 
     def _num_runs(self) -> int:
         return self.arguments.repeats or DEFAULT_REPEATS[self.setup.device.type]

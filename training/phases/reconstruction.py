@@ -275,7 +275,7 @@ class ReconstructionTask(Task[Batch]):
         if self._is_adversarial(step):
             draws = randomness.uniform(Purpose.AUGMENT_FOR_GENERATOR, samples, NUM_DRAWS)
             adversarial = generator_loss(self.discriminator(reconstructions, draws))
-            alpha = adaptive_weight(total, adversarial, self._balance_at(), self.ranks)
+            alpha = adaptive_weight(total, adversarial, balance_at(self.tokenizer), self.ranks)
             total = total + weights.adversarial * alpha * adversarial
         else:
             adversarial = alpha = torch.zeros(())
@@ -324,11 +324,7 @@ class ReconstructionTask(Task[Batch]):
     def _prepare_modules(self) -> None:
         """Recomputation, compilation and sharding, as the recipe has it; parameters keep their names."""
         tokenizer, recipe = self.tokenizer, self.recipe
-        passed: list[nn.Module] = [*tokenizer.decoder.blocks]  # by gradients, the frozen decoder's too
-        if recipe.train_encoder:
-            passed += tokenizer.encoder.blocks
-        if tokenizer.fusion is not None and "fusion" in self.trained_parts:
-            passed.append(tokenizer.fusion.mixer)
+        passed = blocks_passed(tokenizer)
         if recipe.compile:
             for module in {*passed, *tokenizer.encoder.blocks, *self.discriminator.backbone.encoder.blocks}:
                 compile_forward(module)
@@ -353,16 +349,6 @@ class ReconstructionTask(Task[Batch]):
             if part is not None:
                 part.freeze()
         yield copied
-
-    def _balance_at(self) -> Tensor:
-        """Where the adversarial term's gradient is measured: the decoder's last layer.
-
-        Phase 2 freezes the decoder, so there it is the last layer of the fusion that is trained.
-        """
-        if "decoder" in self.trained_parts:
-            return self.tokenizer.decoder.last_layer
-        assert self.tokenizer.fusion is not None
-        return self.tokenizer.fusion.last_layer
 
     def _make_discriminator(self) -> Discriminator:
         recipe = self.recipe
@@ -390,3 +376,20 @@ class ReconstructionTask(Task[Batch]):
             if part is not None and name not in self.trained_parts:
                 digests[name] = module_sha256(part)
         return digests
+
+
+def blocks_passed(tokenizer: Tokenizer) -> list[nn.Module]:
+    """The blocks that gradients pass, those of a frozen decoder included."""
+    passed: list[nn.Module] = [*tokenizer.decoder.blocks]
+    if not tokenizer.encoder.frozen:
+        passed += tokenizer.encoder.blocks
+    if tokenizer.fusion is not None and not tokenizer.fusion.frozen:
+        passed.append(tokenizer.fusion.mixer)
+    return passed
+
+
+def balance_at(tokenizer: Tokenizer) -> Tensor:
+    """Where the adversarial term's gradient is measured: the last layer that is trained."""
+    if not tokenizer.decoder.frozen or tokenizer.fusion is None:
+        return tokenizer.decoder.last_layer
+    return tokenizer.fusion.last_layer

@@ -1,345 +1,288 @@
-"""What a training step costs, counted without doing it: memory by part, and operations.
+"""Cost of a training step, without running it: memory and operations.
 
-The step's own modules run on tensors that have shapes but no values (torch's fake tensors), forward and
-backward, while every allocation and release is followed. Nothing is estimated by a formula but what
-never changes: weights, averages, AdamW's two moments.
+The step's modules run once on tensors that have shapes but no values (torch's fake tensors). torch's
+`FlopCounterMode` counts operations, and `saved_tensors_hooks` the bytes that the forward pass keeps for the
+backward pass. One process then needs at most
 
-Not in it: the CUDA context, workspaces of libraries, and fragmentation, together some 1 to 2 GiB.
+    weights + AdamW's moments + averages                            at all times
+    + gradients of earlier micro-batches, and of the discriminator
+    + pictures of the step: images and reconstructions
+    + kept tensors of one micro-batch; of recomputed blocks the inputs, and all of one block
+    + twice the largest kept tensor: gradients of one operation's input and output
 
-Shape legend: B micro-batch, S image side, L fused layers, N tokens, C latent width.
+or, when the discriminator is trained, the same with all gradients and its own kept tensors. The CUDA
+context, workspaces of libraries and fragmentation come on top: 1 to 2 GiB.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from kernels.reference import token_norm
 from model.config import TokenizerConfig
 from model.networks.encoder import Encoder
 from model.tokenizer import Tokenizer
-from training.distributed.device import autocast
+from training.distributed.device import autocast, products_dtype, resolve_device
 from training.distributed.modules import checkpoint_activations
-from training.losses.adversarial import (
-    DINO_CONFIG,
-    DINO_NAME,
-    NUM_DRAWS,
-    Discriminator,
-    FeatureBackbone,
-    adaptive_weight,
-    backbone_name,
-    discriminator_loss,
-    generator_loss,
-)
+from training.losses import adversarial as gan
 from training.losses.perceptual import LPIPS_NAME, EfficientNetDistance, Lpips, perceptual_name
-from training.planning.operations import Operations, StepTracker
+from training.phases.reconstruction import balance_at, blocks_passed
 from training.recipes.recipe import PhaseRecipe
 
-ADAM_MOMENTS = 2
+Operations = Counter[torch.dtype]  # two per multiply-add, by the precision of the products
+_aten: Any = torch.ops.aten
+# torch's counter knows CUDA's attention kernels only.
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
+}
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """One part's parameters, and the bytes that stay allocated for it through every step."""
+    """Parameters of one part, and the bytes that one process holds for them."""
 
     name: str
     num_parameters: int
     num_trained: int
     weight_bytes: int
-    """Buffers included."""
     gradient_bytes: int
     optimizer_bytes: int
     ema_bytes: int
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """What one micro-batch of a step allocates and computes."""
-
-    activation_bytes: dict[str, int]
-    """What each stage's forward pass leaves for the backward pass, by stage."""
-    peak_bytes: int
-    """Most that is allocated at once besides weights, moments and averages; gradients included."""
-    operations: dict[str, Operations]
-    """For one image, by stage."""
-
-    @property
-    def operations_per_image(self) -> Operations:
-        return sum(self.operations.values(), Operations())
-
-
-@dataclass(frozen=True)
 class Footprint:
-    """Parts, and the step before and after the adversarial loss sets in."""
+    """Memory of one process, and operations per image.
+
+    Attributes:
+        parts: each module once; a discriminator that shares the tokenizer's encoder has only its heads.
+        static_bytes: weights, moments, averages and the discriminator's gradients.
+        kept_bytes: kept for the backward pass of one micro-batch.
+        peak_bytes: the most that a step has allocated at once.
+        generator: operations without, and with the adversarial loss.
+        discriminator: operations of its training.
+    """
 
     parts: list[PartSize]
-    plain: StepCost
-    adversarial: StepCost | None
-    """With the discriminator trained and its loss used; None where it has no weight."""
-    micro_batch: int
-
-    @property
-    def static_bytes(self) -> int:
-        """Weights, moments and averages."""
-        return sum(part.weight_bytes + part.optimizer_bytes + part.ema_bytes for part in self.parts)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that a step has allocated at once."""
-        return self.static_bytes + max(
-            cost.peak_bytes for cost in (self.plain, self.adversarial) if cost is not None
-        )
+    static_bytes: int
+    kept_bytes: int
+    peak_bytes: int
+    generator: tuple[Operations, Operations]
+    discriminator: Operations
 
     def operations_per_image(self, step: int, recipe: PhaseRecipe) -> Operations:
         """Of step ``step``: the discriminator and its loss set in at steps of their own."""
-        total = self.plain.operations_per_image
-        if self.adversarial is None or step < recipe.discriminator.start_step:
-            return total
-        if step < recipe.discriminator.adversarial_start_step:
-            return total + self.adversarial.operations["discriminator"]
-        return self.adversarial.operations_per_image
+        starts, is_used = recipe.discriminator, recipe.loss.adversarial > 0
+        generator = self.generator[is_used and step >= starts.adversarial_start_step]
+        return generator + (self.discriminator if is_used and step >= starts.start_step else Operations())
 
     def run_operations(self, recipe: PhaseRecipe) -> Operations:
         """Of the whole run, evaluation aside."""
         starts = (0, recipe.discriminator.start_step, recipe.discriminator.adversarial_start_step)
-        bounds = [min(start, recipe.num_steps) for start in starts] + [recipe.num_steps]
-        spans = zip(starts, bounds, bounds[1:], strict=False)
+        bounds = [*(min(start, recipe.num_steps) for start in starts), recipe.num_steps]
         total = Operations()
-        for step, begin, end in spans:
-            total += self.operations_per_image(step, recipe).times(end - begin)
-        return total.times(recipe.batch_size)
-
-
-class Networks:
-    """The modules of a phase, as `training.phases.reconstruction` builds them, with or without values."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, perceptual: EfficientNetDistance | Lpips, discriminator: Discriminator
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.perceptual = perceptual
-        self.discriminator = discriminator
-
-    def parts(self) -> Mapping[str, nn.Module]:
-        """Each module once; a discriminator that judges by the tokenizer's encoder adds only its heads."""
-        found: dict[str, nn.Module] = {"encoder": self.tokenizer.encoder}
-        if self.tokenizer.fusion is not None:
-            found["fusion"] = self.tokenizer.fusion
-        found |= {"decoder": self.tokenizer.decoder, "perceptual": self.perceptual}
-        is_shared = self.discriminator.backbone.encoder is self.tokenizer.encoder
-        return found | {"discriminator": self.discriminator.heads if is_shared else self.discriminator}
-
-
-def build_networks(config: TokenizerConfig, recipe: PhaseRecipe, trained: Collection[str]) -> Networks:
-    """The networks of a phase without values; no weight file is needed.
-
-    Args:
-        config: of the tokenizer that the phase trains.
-        recipe: chooses the perceptual network and the discriminator's backbone.
-        trained: names of the tokenizer's parts that get gradients.
-    """
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-        name = backbone_name(recipe.discriminator)
-        shares_encoder = name != DINO_NAME and not recipe.train_encoder
-        encoder = Encoder(DINO_CONFIG if name == DINO_NAME else config.encoder)
-        backbone = FeatureBackbone(name, tokenizer.encoder if shares_encoder else encoder)
-        discriminator = Discriminator(backbone, recipe.discriminator.augment_probability)
-        perceptual = Lpips(None, None) if perceptual_name(recipe.loss) == LPIPS_NAME else None
-    for part in ("encoder", "fusion", "decoder"):
-        module = getattr(tokenizer, part)
-        if module is not None:
-            module.unfreeze() if part in trained else module.freeze()
-    if recipe.activation_checkpointing:
-        for module in modules_passed(tokenizer):
-            checkpoint_activations(module)
-    return Networks(tokenizer, perceptual or EfficientNetDistance(), discriminator)
-
-
-def modules_passed(tokenizer: Tokenizer) -> list[nn.Module]:
-    """The blocks that gradients pass, the frozen decoder's too, which a run may recompute."""
-    passed: list[nn.Module] = [*tokenizer.decoder.blocks]
-    if not tokenizer.encoder.frozen:
-        passed += tokenizer.encoder.blocks
-    if tokenizer.fusion is not None and not tokenizer.fusion.frozen:
-        passed.append(tokenizer.fusion.mixer)
-    return passed
+        for begin, end in pairwise(bounds):
+            for dtype, count in self.operations_per_image(begin, recipe).items():
+                total[dtype] += count * (end - begin) * recipe.batch_size
+        return total
 
 
 def measure_footprint(
-    networks: Networks,
-    recipe: PhaseRecipe,
-    micro_batch: int,
-    num_micro_batches: int = 1,
-    num_processes: int = 1,
+    config: TokenizerConfig, recipe: PhaseRecipe, trained: Collection[str], num_processes: int = 1
 ) -> Footprint:
-    """Count a step of these networks.
+    """Count a step of a phase; needs no weight file but EfficientNet's.
 
     Args:
-        networks: of `build_networks`; they lose their values.
-        recipe: losses, precision, cache.
-        micro_batch: images of one forward pass.
-        num_micro_batches: of one process in one step; from two on, gradients are there from the start.
-        num_processes: that FSDP2 shards the decoder over, where the recipe has it.
+        config: of the tokenizer that is trained.
+        recipe: batch, losses, precision, cache, strategy.
+        trained: names of the tokenizer's trained parts.
+        num_processes: of the run.
     """
+    micro_batch = max(1, recipe.batch_size // (recipe.accumulation_steps * num_processes))
+    step, block_bytes = _Step(config, recipe, trained, micro_batch), 0
     with FakeTensorMode():
-        for module in networks.parts().values():
-            _forget_values(module)
-        _forget_values(networks.tokenizer)
-        _forget_values(networks.discriminator)
-        step = StepSimulation(networks, recipe, micro_batch, num_micro_batches)
-        plain = step.run(is_adversarial=False)
-        adversarial = step.run(is_adversarial=True) if recipe.loss.adversarial else None
-    is_sharded = recipe.distributed.strategy == "fsdp"
-    parts = _part_sizes(networks, num_processes if is_sharded else 1)
-    saved = sum(p.nbytes for p in networks.tokenizer.decoder.parameters() if p.requires_grad) - next(
-        part.gradient_bytes for part in parts if part.name == "decoder"
+        step.forget_values()
+        plain, _ = step.run(is_adversarial=False)
+        kept, judged = step.run(recipe.loss.adversarial > 0)
+        if recipe.activation_checkpointing:
+            num_blocks, whole_bytes = step.recompute(), kept.num_bytes
+            kept, judged = step.run(recipe.loss.adversarial > 0)
+            block_bytes = (whole_bytes - kept.num_bytes) // num_blocks
+    shards = num_processes if recipe.distributed.strategy == "fsdp" else 1
+    parts = [_part_size(name, part, shards if name == "decoder" else 1) for name, part in step.parts.items()]
+    *_, heads = gradients = [part.gradient_bytes for part in parts]
+    static = sum(part.weight_bytes + part.optimizer_bytes + part.ema_bytes for part in parts)
+    static += heads if recipe.loss.adversarial else 0
+    own = sum(gradients) - heads
+    earlier = own if recipe.accumulation_steps > 1 else 0
+    pictures = 2 * 4 * 3 * config.image_size**2 * micro_batch * recipe.accumulation_steps
+    generating = earlier + kept.num_bytes + block_bytes + 2 * kept.largest_bytes
+    judging = own + judged.num_bytes + 2 * judged.largest_bytes
+    peak_bytes = static + pictures + max(generating, judging)
+    counts = [Operations({k: v // micro_batch for k, v in m.total.items()}) for m in (plain, kept, judged)]
+    return Footprint(
+        parts, static, kept.num_bytes + block_bytes, peak_bytes, (counts[0], counts[1]), counts[2]
     )
-    plain = replace(plain, peak_bytes=plain.peak_bytes - saved)
-    if adversarial is not None:
-        adversarial = replace(adversarial, peak_bytes=adversarial.peak_bytes - saved)
-    return Footprint(parts, plain, adversarial, micro_batch)
 
 
-class StepSimulation:
-    """One optimizer step up to its gradients, stage by stage, as phases 1 to 3 take it."""
+class _Step:
+    """One step of a phase, on networks without values."""
 
     def __init__(
-        self, networks: Networks, recipe: PhaseRecipe, micro_batch: int, num_micro_batches: int
+        self, config: TokenizerConfig, recipe: PhaseRecipe, trained: Collection[str], micro_batch: int
     ) -> None:
-        self.networks = networks
-        self.recipe = recipe
-        self.micro_batch = micro_batch
-        self.num_micro_batches = num_micro_batches
-        self.device = torch.device("cpu")
-        self.precision = _precision(recipe)
-        self.tracker = StepTracker()
-        self.activations: dict[str, int] = {}
-        self.operations: dict[str, Operations] = {}
+        self.recipe, self.micro_batch = recipe, micro_batch
+        name, is_lpips = gan.backbone_name(recipe.discriminator), perceptual_name(recipe.loss) == LPIPS_NAME
+        is_shared = name != gan.DINO_NAME and not recipe.train_encoder
+        with torch.device("meta"):
+            self.tokenizer = Tokenizer(config)
+            judge = Encoder(gan.DINO_CONFIG if name == gan.DINO_NAME else config.encoder)
+            backbone = gan.FeatureBackbone(name, self.tokenizer.encoder if is_shared else judge)
+            self.discriminator = gan.Discriminator(backbone, recipe.discriminator.augment_probability)
+            lpips = Lpips(None, None) if is_lpips else None
+        self.perceptual = lpips or EfficientNetDistance()
+        parts = {name: getattr(self.tokenizer, name) for name in ("encoder", "fusion", "decoder")}
+        self.parts: dict[str, nn.Module] = {name: part for name, part in parts.items() if part is not None}
+        for name, part in self.parts.items():
+            part.unfreeze() if name in trained else part.freeze()
+        self.parts["perceptual"] = self.perceptual
+        self.parts["discriminator"] = self.discriminator.heads if is_shared else self.discriminator
 
-    def run(self, is_adversarial: bool) -> StepCost:
-        """Cost of one micro-batch; the peak is that of the whole step."""
-        networks = (self.networks.tokenizer, self.networks.perceptual, self.networks.discriminator)
-        self.tracker, self.activations, self.operations = StepTracker(), {}, {}
-        self.tracker.ignore(t for module in networks for t in (*module.parameters(), *module.buffers()))
-        with self.tracker:
-            pairs = []
-            for _ in range(min(self.num_micro_batches, 2)):
-                self.operations.clear()
-                pairs.append(self._generate(is_adversarial))
-            # Of the others only the images remain, until the discriminator has seen them.
-            num_waiting = (self.num_micro_batches - len(pairs)) * self.micro_batch
-            waiting = torch.empty(2 * num_waiting, *pairs[0][0].shape[1:])
-            if is_adversarial:
-                with self._stage("discriminator"):
-                    logits = self._judge(torch.cat(pairs[-1]))
-                    discriminator_loss(*logits.chunk(2)).backward()
-            del waiting
-        peak = self.tracker.peak_bytes
-        for module in networks:
+    def forget_values(self) -> None:
+        """Within a `FakeTensorMode`: leave every parameter and buffer a shape and a dtype alone."""
+        modules = {m for top in self._modules() for m in top.modules()}
+        for module in modules:
+            for name, p in module._parameters.items():
+                if p is not None:
+                    empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                    module._parameters[name] = nn.Parameter(empty, p.requires_grad)
+            for name, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
+
+    def recompute(self) -> int:
+        """Recompute blocks from now on; gives their number."""
+        blocks = blocks_passed(self.tokenizer)
+        for block in blocks:
+            block.register_forward_pre_hook(lambda _, inputs: self.meter.keep(inputs))
+            checkpoint_activations(block)
+        return len(blocks)
+
+    def run(self, is_adversarial: bool) -> tuple["_Meter", "_Meter"]:
+        """Meters of the generator's and of the discriminator's forward and backward pass."""
+        own = [t for module in self._modules() for t in (*module.parameters(), *module.buffers())]
+        self.meter, judged = _Meter(own), _Meter(own)
+        with self.meter.modes():
+            pair = self._generate(is_adversarial)
+        if is_adversarial:
+            with judged.modes():
+                gan.discriminator_loss(*self._judge(torch.cat(pair)).chunk(2)).backward()
+        for module in self._modules():
             module.zero_grad(set_to_none=True)
-        operations = {name: count.over(self.micro_batch) for name, count in self.operations.items()}
-        return StepCost(dict(self.activations), peak, operations)
+        return self.meter, judged
+
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return self.tokenizer, self.perceptual, self.discriminator
 
     def _generate(self, is_adversarial: bool) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch: images and reconstructions, [B, 3, S, S]."""
-        weights, decoder = self.recipe.loss, self.networks.tokenizer.decoder
-        side = self.networks.tokenizer.config.image_size
+        weights, side = self.recipe.loss, self.tokenizer.config.image_size
         images = torch.empty(self.micro_batch, 3, side, side)
-        with autocast(self.device, self.precision):
-            tokens = self._tokens(images)
-            with self._stage("decoder"):
-                reconstructions = decoder(tokens).float()
-        with self._stage("losses"):
-            total = weights.l1 * (reconstructions - images).abs().mean()
-            if weights.perceptual:
-                crop = slice(None, weights.perceptual_crop)
-                pair = (reconstructions[..., crop, crop], images[..., crop, crop])
-                total = total + weights.perceptual * self.networks.perceptual(*pair).mean()
+        dtype = products_dtype(resolve_device(self.recipe.device), self.recipe.precision)
+        with autocast(images.device, str(dtype).removeprefix("torch.")):
+            reconstructions = self.tokenizer.decoder(self._tokens(images)).float()
+        total = weights.l1 * (reconstructions - images).abs().mean()
+        if weights.perceptual:
+            crop = slice(None, weights.perceptual_crop)
+            pair = (reconstructions[..., crop, crop], images[..., crop, crop])
+            total = total + weights.perceptual * self.perceptual(*pair).mean()
         if is_adversarial:
-            with self._stage("adversarial"):
-                adversarial = generator_loss(self._judge(reconstructions))
-                alpha = adaptive_weight(total, adversarial, self._balance_at())
-                total = total + weights.adversarial * alpha * adversarial
-        with self._stage("backward"):
-            total.backward()
+            adversarial = gan.generator_loss(self._judge(reconstructions))
+            alpha = gan.adaptive_weight(total, adversarial, balance_at(self.tokenizer))
+            total = total + weights.adversarial * alpha * adversarial
+        total.backward()
         return images, reconstructions.detach()
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Latent tokens [B, N, C], from the cache where the recipe has one."""
-        tokenizer, config = self.networks.tokenizer, self.networks.tokenizer.config
-        shape = (self.micro_batch, config.encoder.grid**2, config.encoder.width)
-        if self.recipe.cache is not None:
-            states = [torch.empty(shape) for _ in config.fused_layers]
+        """Latent tokens [B, N, C]; with a cache the encoder does not run."""
+        config, fusion = self.tokenizer.config, self.tokenizer.fusion
+        if self.recipe.cache is None:
+            states = self.tokenizer.encoder(self.tokenizer.preprocess(images))
         else:
-            with self._stage("encoder"):
-                states = tokenizer.encoder(tokenizer.preprocess(images))
-        with self._stage("fusion"):
-            if tokenizer.fusion is None:
-                return token_norm(states[-1], config.encoder.layer_norm_eps)
-            return tokenizer.fusion(states)
+            shape = (len(images), config.encoder.grid**2, config.encoder.width)
+            states = [torch.empty(shape) for _ in config.fused_layers]
+        return token_norm(states[-1], config.encoder.layer_norm_eps) if fusion is None else fusion(states)
 
     def _judge(self, images: Tensor) -> Tensor:
-        return self.networks.discriminator(images, torch.empty(len(images), NUM_DRAWS))
-
-    def _balance_at(self) -> Tensor:
-        decoder, fusion = self.networks.tokenizer.decoder, self.networks.tokenizer.fusion
-        if not decoder.frozen or fusion is None:
-            return decoder.last_layer
-        return fusion.last_layer
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        live, operations = self.tracker.live_bytes, self.tracker.operations
-        yield
-        if name not in ("backward", "discriminator"):
-            self.activations[name] = max(0, self.tracker.live_bytes - live)
-        self.operations[name] = self.tracker.operations - operations
+        return self.discriminator(images, torch.empty(len(images), gan.NUM_DRAWS))
 
 
-def _precision(recipe: PhaseRecipe) -> str:
-    """Of the device that the recipe names, whether it is here or not."""
-    if recipe.precision != "auto":
-        return recipe.precision
-    on_cuda = recipe.device.startswith("cuda") or (recipe.device == "auto" and torch.cuda.is_available())
-    return "bfloat16" if on_cuda else "float32"
+class _Meter:
+    """Operations, and bytes that the forward pass keeps, within the context of `modes`."""
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+        self._kept: dict[int, int] = {}
+        self.total = Operations()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._kept.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        return max(self._kept.values(), default=0)
+
+    def modes(self) -> ExitStack:
+        """The contexts that count."""
+        counters = {op: self._tallied(count) for op, count in (flop_registry | _CPU_ATTENTION).items()}
+        stack = ExitStack()
+        stack.enter_context(FlopCounterMode(display=False, custom_mapping=counters))
+        stack.enter_context(saved_tensors_hooks(self.keep, lambda tensor: tensor))
+        return stack
+
+    def keep(self, tensors: Any) -> Any:
+        """Count the storages of tensors, but for the networks' own."""
+        for storage in (tensor.untyped_storage() for tensor in tree_leaves(tensors)):
+            if storage._cdata not in self._own:
+                self._kept[storage._cdata] = storage.nbytes()
+        return tensors
+
+    def _tallied(self, count: Callable[..., int]) -> Callable[..., int]:
+        def tally(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            operations = count(*args, **kwargs, out_val=out_val)
+            result = next(leaf for leaf in tree_leaves(out_val) if leaf is not None)
+            self.total[result.dtype] += operations
+            return operations
+
+        tally._get_raw = True  # type: ignore[attr-defined] # torch's mark of counters that take tensors
+        return tally
 
 
-def _forget_values(module: nn.Module) -> None:
-    """Replace every tensor of a module, within a `FakeTensorMode`, by one that has only a shape."""
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and not _is_fake(parameter):
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                owner._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and not _is_fake(buffer):
-                owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return hasattr(tensor, "fake_mode")
-
-
-def _part_sizes(networks: Networks, num_shards: int) -> list[PartSize]:
-    """Sizes on one process; of the decoder a share, if it is sharded."""
-    sizes = []
-    for name, module in networks.parts().items():
-        parameters = list(module.parameters())
-        share = num_shards if name == "decoder" else 1
-        trained_bytes = sum(p.nbytes for p in parameters if p.requires_grad) // share
-        sizes.append(
-            PartSize(
-                name=name,
-                num_parameters=sum(p.numel() for p in parameters),
-                num_trained=sum(p.numel() for p in parameters if p.requires_grad),
-                weight_bytes=sum(t.nbytes for t in (*parameters, *module.buffers())) // share,
-                gradient_bytes=trained_bytes,
-                optimizer_bytes=ADAM_MOMENTS * trained_bytes,
-                ema_bytes=trained_bytes if name != "discriminator" else 0,
-            )
-        )
-    return sizes
+def _part_size(name: str, module: nn.Module, num_shards: int) -> PartSize:
+    sizes = [(p.numel(), p.nbytes, p.requires_grad) for p in module.parameters()]
+    trained_bytes = sum(size for _, size, is_trained in sizes if is_trained) // num_shards
+    return PartSize(
+        name=name,
+        num_parameters=sum(count for count, *_ in sizes),
+        num_trained=sum(count for count, _, is_trained in sizes if is_trained),
+        weight_bytes=sum(t.nbytes for t in (*module.parameters(), *module.buffers())) // num_shards,
+        gradient_bytes=trained_bytes,
+        optimizer_bytes=2 * trained_bytes,
+        ema_bytes=0 if name == "discriminator" else trained_bytes,
+    )
