@@ -156,10 +156,12 @@ class _Step:
             self.discriminator = gan.Discriminator(backbone, recipe.discriminator.augment_probability)
             lpips = Lpips(None, None) if is_lpips else None
         self.perceptual = lpips or EfficientNetDistance()
-        parts = {name: getattr(self.tokenizer, name) for name in ("encoder", "fusion", "decoder")}
+        parts: dict[str, Any] = {
+            name: getattr(self.tokenizer, name) for name in ("encoder", "fusion", "decoder")
+        }
         self.parts: dict[str, nn.Module] = {name: part for name, part in parts.items() if part is not None}
-        for name, part in self.parts.items():
-            part.unfreeze() if name in trained else part.freeze()
+        for name in self.parts:
+            parts[name].unfreeze() if name in trained else parts[name].freeze()
         self.parts["perceptual"] = self.perceptual
         self.parts["discriminator"] = self.discriminator.heads if is_shared else self.discriminator
 

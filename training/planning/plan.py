@@ -108,13 +108,15 @@ def plan_phase(
         RecipeError: the recipe cannot be read at all; all else is in the plan's findings.
     """
     changes = [*overrides, *([f"output={output}"] if output is not None else [])]
-    recipe = load_recipe(DistillationRecipe if phase == "phase0" else PhaseRecipe, config_path, changes)
     findings, config = Findings(), None
-    if isinstance(recipe, PhaseRecipe):
-        config = check_start(phase, recipe, findings)
-        side = config.image_size if config else 256
+    recipe: BaseRecipe
+    if phase == "phase0":
+        recipe = distillation = load_recipe(DistillationRecipe, config_path, changes)
+        side = max(distillation.final_image_size, distillation.teacher_image_size)
     else:
-        side = max(recipe.final_image_size, recipe.teacher_image_size)
+        recipe = reconstruction = load_recipe(PhaseRecipe, config_path, changes)
+        config = check_start(phase, reconstruction, findings)
+        side = config.image_size if config else 256
     train = check_images("data.train", recipe.data, side, options.num_checked, findings)
     recipe = in_steps(recipe, train.num_listed)
     validation = check_images("data.validation", recipe.data, side, options.num_checked, findings)
@@ -223,6 +225,7 @@ def _cost_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
         sizes = (part.weight_bytes, part.gradient_bytes, part.optimizer_bytes, part.ema_bytes)
         cells = "".join(f"{size / 2**20:8,.0f} MiB" for size in sizes)
         yield f"{part.name:14}{part.num_parameters:14,}{part.num_trained:14,}{cells}"
+    assert isinstance(plan.recipe, PhaseRecipe)
     operations = footprint.operations_per_image(plan.recipe.num_steps, plan.recipe)
     share, figures = operations[torch.float32] / operations.total(), plan.figures
     yield f"\nmemory     {gib(footprint.peak_bytes)} at the peak of a step"

@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None and arguments.output.is_file():
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
     try:
+        from training.distributed.device import resolve_device
         from training.evaluation.generation import GenerationQuality, GenerationSets, read_pictures, write_npz
-        from training.phases.optimizer import resolve_device
     except ModuleNotFoundError as exc:
         raise CommandError(
             f"evaluation needs the package {exc.name!r}: pip install 'drorae[training]'"
