@@ -8,11 +8,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help serve test quick portable check format mini clean
-=======
-.PHONY: help serve test portable check format docs mini clean
->>>>>>> 0944c4d (README of 800 words; docs/ in rooms, with concepts, a tutorial and a reference; their commands and links are tested)
+.PHONY: help serve test quick portable check format docs mini clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
