@@ -12,12 +12,14 @@ from cli.options import (
     add_settings,
     add_workers,
     check_photos,
+    positive_int,
     read_settings,
 )
 from model.tokenizer import LatentKind
 
 EXAMPLES = """\
   drorae evaluate --data photos/
+  drorae evaluate --autoencoder sd-vae-ft-mse/ --data photos-256-val.tar
   drorae evaluate --checkpoint runs/phase3/checkpoint --data photos-256-val.tar --latent both --output report/
   torchrun --nproc-per-node 8 --no-python drorae evaluate --data imagenet/val --output report/
 """
@@ -44,6 +46,18 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_photos(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write the report here")
+    parser.add_argument(
+        "--autoencoder",
+        type=Path,
+        metavar="DIR",
+        help="evaluate an autoencoder of diffusers instead (AutoencoderKL, AutoencoderRAE, ...)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=positive_int,
+        metavar="S",
+        help="side of the images that --autoencoder takes, pixels (default: its own, or 256)",
+    )
     parser.add_argument(
         "--latent",
         choices=LATENTS,
@@ -77,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_photos(arguments.readout_photos)
     if arguments.output is not None and arguments.output.is_file():
         raise UsageError(f"{arguments.output} is a file: --output names a directory")
+    _check_autoencoder(arguments)
     metrics = _read_metrics(arguments.metrics)
     try:
         from training.evaluation.evaluate import EvaluationOptions, evaluate_command
@@ -99,8 +114,28 @@ def run(arguments: argparse.Namespace) -> int:
             device=settings.device,
             fusion=settings.fusion,
             num_workers=arguments.workers,
+            autoencoder=arguments.autoencoder,
+            image_size=arguments.image_size,
         )
     )
+
+
+def _check_autoencoder(arguments: argparse.Namespace) -> None:
+    """Refuse flags that say something of checkpoints alone."""
+    if arguments.autoencoder is None:
+        if arguments.image_size is not None:
+            raise UsageError("--image-size goes with --autoencoder: a checkpoint has its own")
+        return
+    given = {
+        "--checkpoint": "setting_checkpoint" in arguments,
+        "--latent": arguments.latent is not None,
+        "--readout-photos": bool(arguments.readout_photos),
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{flag} does not go with --autoencoder")
+    if not arguments.autoencoder.is_dir():
+        raise UsageError(f"{arguments.autoencoder}: there is no such folder")
 
 
 def _read_metrics(text: str | None) -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ from training.data.sources import Sample, list_samples, spread_samples
 from training.distributed.device import resolve_device
 from training.distributed.ranks import Ranks, current, process_group
 from training.errors import DataError
+from training.evaluation.autoencoders import Autoencoder, DiffusersAutoencoder
 from training.evaluation.quality import Metrics, WeightFiles, measure_quality
 from training.evaluation.readout import fit_readouts
 from training.evaluation.report import Report, write_report
@@ -101,6 +102,8 @@ class EvaluationOptions:
         limit: images used at most, spread over the data; None for all.
         num_workers: processes that decode images; None for what suits the device.
         save_every_s: how often unfinished work is kept, seconds.
+        autoencoder: folder of a diffusers autoencoder to evaluate instead of the checkpoint.
+        image_size: of the images that it takes, pixels; None for its own, or 256.
     """
 
     checkpoint: str
@@ -116,6 +119,8 @@ class EvaluationOptions:
     fusion: FusionSetting = "auto"
     num_workers: int | None = None
     save_every_s: float = SAVE_EVERY_S
+    autoencoder: Path | None = None
+    image_size: int | None = None
 
 
 def evaluate_command(options: EvaluationOptions) -> int:
@@ -131,12 +136,17 @@ def evaluate_command(options: EvaluationOptions) -> int:
 
 
 def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
-    tokenizer = Tokenizer.load(
-        options.checkpoint, device=resolve_device(options.device), fusion=options.fusion
-    )
+    device = resolve_device(options.device)
+    tokenizer: Autoencoder
+    readouts = None
+    latents: tuple[LatentKind, ...] = ("base",)
+    if options.autoencoder is not None:
+        tokenizer = DiffusersAutoencoder(options.autoencoder, device, options.image_size)
+    else:
+        tokenizer = own = Tokenizer.load(options.checkpoint, device=device, fusion=options.fusion)
+        latents = _choose_latents(own, options.latents)
+        readouts = fit_readouts(own, options.readout_photos, latents) if options.readout_photos else None
     assert tokenizer.checkpoint is not None
-    latents = _choose_latents(tokenizer, options.latents)
-    readouts = fit_readouts(tokenizer, options.readout_photos, latents) if options.readout_photos else None
     metrics = Metrics(options.metrics, options.weights, tokenizer, readouts)
     listing = list_samples(options.data, ranks)
     samples = spread_samples(listing, options.limit)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from model.images.similarity import detail, edge_ratio, psnr, ssim
 from model.images.tensors import to_bytes
-from model.tokenizer import LatentKind, Tokenizer
+from model.tokenizer import LatentKind
 from training.data.batches import Batch
 from training.data.pass_shards import Shard, ShardStore
 from training.data.passes import PassConfig, run_pass
 from training.data.sources import Sample
 from training.distributed.ranks import Ranks
 from training.errors import DataError, WeightsError
+from training.evaluation.autoencoders import Autoencoder
 from training.evaluation.feature_networks import (
     EFFICIENTNET_COLUMN,
     INCEPTION_COLUMN,
@@ -75,7 +76,7 @@ class Metrics:
         self,
         wanted: Collection[str] | None,
         files: WeightFiles,
-        tokenizer: Tokenizer,
+        tokenizer: Autoencoder,
         readouts: Mapping[LatentKind, Readouts] | None = None,
     ) -> None:
         """Load what ``wanted`` names; by default every metric whose weights and photos are here.
@@ -98,7 +99,7 @@ class Metrics:
                     raise
                 self.skipped[name] = str(exc)
 
-    def _load(self, name: MetricName, files: WeightFiles, tokenizer: Tokenizer) -> None:
+    def _load(self, name: MetricName, files: WeightFiles, tokenizer: Autoencoder) -> None:
         device, patch_size = tokenizer.device, tokenizer.config.decoder.patch_size
         if name == EFFICIENTNET_COLUMN:
             self.networks.append(EfficientNetFeatures(device))
@@ -175,7 +176,7 @@ class Quality:
 
 @torch.no_grad()
 def measure_quality(
-    tokenizer: Tokenizer,
+    tokenizer: Autoencoder,
     samples: Sequence[Sample],
     latents: Sequence[LatentKind],
     metrics: Metrics,
@@ -210,7 +211,7 @@ def measure_quality(
 class _QualityAccumulator:
     """Figures of each image, and moments of features of originals and of each latent's reconstructions."""
 
-    def __init__(self, tokenizer: Tokenizer, latents: Sequence[LatentKind], metrics: Metrics) -> None:
+    def __init__(self, tokenizer: Autoencoder, latents: Sequence[LatentKind], metrics: Metrics) -> None:
         self.tokenizer = tokenizer
         self.latents = latents
         self.metrics = metrics

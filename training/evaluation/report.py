@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from model.tokenizer import Tokenizer
 from training.data.passes import read_batches
 from training.data.sources import Sample
+from training.evaluation.autoencoders import Autoencoder
 from training.evaluation.frechet import bias_note
 from training.evaluation.quality import ImageFigures, Metrics, Quality
 from training.output.files import write_atomically
@@ -64,7 +64,7 @@ DEFINITIONS = {
 class Report:
     """What was measured, on what."""
 
-    tokenizer: Tokenizer
+    tokenizer: Autoencoder
     samples: Sequence[Sample]
     metrics: Metrics
     quality: Quality
