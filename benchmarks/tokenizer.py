@@ -133,7 +133,7 @@ def run(setup: Setup, arguments: argparse.Namespace) -> Iterator[list[TokenizerR
 
 
 def select_implementations(names: Sequence[str], config: TokenizerConfig, setup: Setup) -> dict[str, str]:
-    """Those that can run on this device, each with the fusion it runs; a line for each of the others."""
+    """Implementations that this device can run, each with its fusion; logs a line for each other one."""
     paths = {}
     for name in names:
         try:

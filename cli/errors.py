@@ -1,4 +1,4 @@
-"""What ends a command early, and every package's errors as an exit status and one sentence.
+"""Errors that end a command early, and every package's errors as an exit status and one sentence.
 
 ::
 

@@ -86,7 +86,7 @@ def write_picture_file(path: Path, pixels: Tensor) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or leave what was there; a device or pipe is written to as it is.
+    """Write a file whole, or leave the old one; a device or pipe is written to as it is.
 
     Raises:
         CommandError: it cannot be written.

@@ -31,8 +31,8 @@ def add_command(
         name: as typed.
         run: called with the parsed arguments; gives the exit status.
         summary: one line for the list of commands.
-        description: what it does, for its own help.
-        examples: command lines, one a line.
+        description: of the command, for its own help.
+        examples: command lines, one per line.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,

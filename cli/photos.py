@@ -76,7 +76,7 @@ def shown(sample: Sample) -> str:
 
 
 def output_name(photo: Sample, source: Path) -> Path:
-    """What a photo is called below its source, with its suffix where another photo differs in that alone.
+    """Name of a photo below its source, with its suffix where another photo differs in that alone.
 
     A tar is a folder, and no member's name leads out of it.
     """

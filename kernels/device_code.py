@@ -6,7 +6,7 @@ projection, the folded basis). `route` makes router weights of the logits. `comb
 product of depth L * C whose left operand is normalised and weighted on its way from shared memory to
 the tensor cores. `finish` adds the splits up and applies the last norms.
 
-The hidden states come as a tuple of pointers, one a layer, and are read where the encoder wrote them.
+The hidden states come as a tuple of pointers, one per layer, and are read where the encoder wrote them.
 Every row of every product belongs to one token, so a non-finite token spoils only itself.
 
 Shape legend: T tokens, L layers, P logit columns (L padded), C token width, R rows of a basis;

@@ -19,7 +19,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class FusionProblem:
-    """What is to be fused."""
+    """Sizes and options of a fusion."""
 
     num_layers: int
     width: int
@@ -33,7 +33,7 @@ class FusionProblem:
 
 @dataclass(frozen=True)
 class Platform:
-    """What it is to run on."""
+    """Device and libraries that a fusion runs on."""
 
     device_type: str
     capability: tuple[int, int] | None = None
@@ -70,8 +70,8 @@ def choose_path(setting: FusionSetting, problem: FusionProblem, platform: Platfo
 
     Args:
         setting: ``auto``, or a path to force.
-        problem: what is to be fused.
-        platform: what it is to run on.
+        problem: the fusion.
+        platform: the machine.
 
     Raises:
         ValueError: the forced path cannot run; says why.

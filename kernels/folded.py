@@ -1,4 +1,4 @@
-"""The folded fusion in plain PyTorch: what runs on CPUs, and wherever the Triton kernel cannot.
+"""The folded fusion in plain PyTorch: the path of CPUs, and of all that the Triton kernels cannot take.
 
 Shape legend: B batch, N tokens, C width, T = B * N, L layers, R rows of the hidden factor.
 """
@@ -26,7 +26,7 @@ def fuse_layers(hidden_states: Sequence[Tensor], folded: FoldedExperts, spec: Fu
     Args:
         hidden_states: z^(k) of the L fused layers, shallow to deep, each [B, N, C], not normalised.
         folded: operands on the same device, with matrices of the same dtype.
-        spec: scalars, those that the experts were folded with.
+        spec: scalars; the same that the experts were folded with.
 
     Returns:
         z_final, in the hidden states' dtype, and the router weights.

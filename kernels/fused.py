@@ -114,7 +114,7 @@ def fuse_layers(hidden_states: Sequence[Tensor], packed: PackedExperts, spec: Fu
         hidden_states: z^(k) of the L fused layers, shallow to deep, each [B, N, C], not normalised;
             views that skip prefix tokens are fine, the channels must be contiguous.
         packed: operands, on the same device and of the same dtype.
-        spec: scalars, those that the experts were folded with.
+        spec: scalars; the same that the experts were folded with.
 
     Returns:
         z_final, in the hidden states' dtype, and the router weights in float32.

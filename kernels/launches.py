@@ -116,7 +116,7 @@ def plan_launches(problem: FusedProblem, capability: int) -> dict[str, Launch]:
     """Grid, constants and pipeline of every kernel, by name, in launching order.
 
     Args:
-        problem: what is fused.
+        problem: the fusion.
         capability: major compute capability.
     """
     tokens, layers, width = problem.num_tokens, problem.num_layers, problem.width

@@ -1,4 +1,4 @@
-"""What the fusion operator takes and gives, whichever implementation runs.
+"""Inputs and results of the fusion operator, the same for every implementation.
 
 Shape legend: B batch, N tokens per image, T = B * N, L fused layers, C token width, H expert hidden
 width, R = min(H, C) rows of a folded expert's hidden factor.
@@ -100,7 +100,7 @@ class FoldedExperts:
 
 
 class Fused(NamedTuple):
-    """What the operator gives."""
+    """Results of the operator."""
 
     tokens: Tensor
     """z_final, [B, N, C], in the hidden states' dtype."""
@@ -113,7 +113,7 @@ def check_hidden_states(hidden_states: Sequence[Tensor], num_layers: int, width:
 
     Args:
         hidden_states: z^(k), each [B, N, C]; strided views are fine.
-        num_layers: L, what the weights were made for.
+        num_layers: L of the weights.
         width: C, likewise.
 
     Raises:

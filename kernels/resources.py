@@ -1,4 +1,4 @@
-"""Compile the fused operator's kernels ahead of time and report what they take of a GPU; no GPU is needed.
+"""Compile the fused operator's kernels ahead of time and report the resources that they take, without a GPU.
 
 ``python -m kernels.resources`` prints registers, spills and shared memory for an A100 and an H100.
 """
@@ -30,7 +30,7 @@ ALIGNED = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel occupies."""
+    """Resources of one program of a compiled kernel."""
 
     kernel: str
     capability: int

@@ -20,7 +20,7 @@ def num_cpus(root: Path = Path("/")) -> int:
 
 
 def limit_threads(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Let OpenMP heed the quota, and wait without spinning for long. What is set already stays.
+    """Let OpenMP heed the quota, and wait without spinning for long. Variables that are set stay.
 
     By default a thread that waits for the others of its team spins for milliseconds. Beside other processes
     those it waits for then lack the CPU: a load of ``mini`` took 17 s instead of 0.3 on two busy cores.

@@ -155,7 +155,7 @@ class Tokenizer(NormalizesLatents):
 
         Args:
             images: [B, 3, S, S], floating point in [0, 1] or uint8, S = ``config.image_size``; a tensor or a
-                NumPy array, moved to the tokenizer's device. What rounding adds to the range is clamped.
+                NumPy array, moved to the tokenizer's device. Rounding errors beyond the range are clamped.
             latent: ``enriched`` (z_final) or ``base`` (z_base, the plain last layer).
             normalize: subtract the mean and divide by the deviation of each position.
 
@@ -163,7 +163,7 @@ class Tokenizer(NormalizesLatents):
             [B, C, h, w].
 
         Raises:
-            ImageError: wrong shape or dtype, or values that are no pixels; says what they may be instead.
+            ImageError: wrong shape or dtype, or values that are no pixels; the message names the valid ones.
             LatentError: another ``latent``; ``normalize`` without statistics, or with the base latent of a
                 fused tokenizer.
         """

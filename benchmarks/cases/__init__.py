@@ -1,1 +1,1 @@
-"""What is timed: operators, tokenizers and training steps on random weights."""
+"""The timed cases: operators, tokenizers and training steps on random weights."""

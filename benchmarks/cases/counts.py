@@ -1,4 +1,4 @@
-"""Operations and bytes, counted from sizes: what a task needs, and what each implementation does.
+"""Operations and bytes, counted from sizes: those that a task needs, and those of each implementation.
 
 An operation is a multiplication or an addition inside a matrix product, two for each multiply-add.
 Everything else (norms, weighting, bias) is left out: it is memory traffic. Bytes are those of device
@@ -69,7 +69,7 @@ def needed_operations(size: FusionSize) -> int:
 
 
 def folded_executed_operations(size: FusionSize) -> int:
-    """What `kernels.folded` does: its blocks of the triangle reach over the diagonal."""
+    """Operations of `kernels.folded`: its blocks of the triangle reach over the diagonal."""
     block = -(-size.rows // NUM_TRIANGLE_BLOCKS)
     triangle = sum(
         min(block, size.rows - start) * (size.width - start) for start in range(0, size.rows, block)
@@ -78,7 +78,7 @@ def folded_executed_operations(size: FusionSize) -> int:
 
 
 def fused_executed_operations(size: FusionSize) -> int:
-    """What `kernels.fused` does: ``2 (R C + C^2)`` per token and layer, and the router's padded columns.
+    """Operations of `kernels.fused`: ``2 (R C + C^2)`` per token and layer, and the router's padded columns.
 
     Zero rows that pad R to a whole tile (none for H >= C) are not counted.
     """
@@ -100,7 +100,7 @@ def minimum_bytes(size: FusionSize) -> int:
 
 
 def definition_bytes(size: FusionSize) -> int:
-    """What `kernels.reference` moves: ``L (14 S + 4 T H) + 10 S`` elements and the matrices.
+    """Bytes that `kernels.reference` moves: ``L (14 S + 4 T H) + 10 S`` elements and the matrices.
 
     A layer: norm 2 S; concatenation 2 S and its read by the router S; up S + T H, norm 2 T H, down
     T H + S, norm 2 S; weighting 2 S and sum 3 S. Once: start of the sum S, division 2 S, norm 2 S,
@@ -113,7 +113,7 @@ def definition_bytes(size: FusionSize) -> int:
 
 
 def folded_bytes(size: FusionSize) -> int:
-    """What `kernels.folded` moves: float32 ``L (14.5 S + 2 T R) + 14 S`` elements and the matrices.
+    """Bytes that `kernels.folded` moves: float32 ``L (14.5 S + 2 T R) + 14 S`` elements and the matrices.
 
     A layer: norm 2 S, router S, triangle 2.5 S and T R, its norm T R, product 2 S, shift 3 S, norm S, sum
     3 S. Once: start of the sum S, division 2 S, norm 2 S, base 2 S, interpolation 3 S, norm 2 S, output 2 S.
@@ -132,7 +132,7 @@ def folded_bytes(size: FusionSize) -> int:
 
 
 def fused_bytes(size: FusionSize) -> int:
-    """What `kernels.fused` moves: ``(2 L + 2) S`` elements, the matrices, and float32 scratch.
+    """Bytes that `kernels.fused` moves: ``(2 L + 2) S`` elements, the matrices, and float32 scratch.
 
     Hidden states are read by measure and by combine, the last one again by finish. Scratch: logits twice
     T L P; means and factors 10 T L; the router's weights T L; the sums 2 S. Not counted: sums that are split

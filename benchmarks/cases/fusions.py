@@ -79,7 +79,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Implementation:
-    """How one implementation is made ready, and what it does by construction."""
+    """One implementation: how it is made ready, and its operations and bytes."""
 
     build: Callable[[Operands, States], Call]
     operations: Callable[[FusionSize], int]
@@ -112,7 +112,7 @@ def random_states(operands: Operands, batch: int, tokens: int) -> list[Tensor]:
 
 
 def why_unavailable(name: str, problem: FusionProblem, platform: Platform) -> str | None:
-    """Why an implementation cannot run, whatever the batch; None where it can be tried."""
+    """Why an implementation cannot run at any batch size; None where it can be tried."""
     if name not in ("fused", "fused_graph"):
         return None
     if platform.is_interpreted:

@@ -35,7 +35,7 @@ NUM_CHECKED_IMAGES = 2
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is encoded and decoded, on the device and in its dtype."""
+    """Images and latents, on the device and in its dtype."""
 
     images: Tensor  # [B, 3, S, S] in [0, 1]
     latents: Tensor  # [B, C, h, w]
@@ -61,7 +61,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Implementation:
-    """How one way to encode or decode is made ready, and what it gives."""
+    """One way to encode or decode: how it is made ready, and its result."""
 
     build: Callable[[Models, Inputs, Setup], Call]
     gives: str
@@ -76,7 +76,7 @@ class Implementation:
 def build_models(
     config: TokenizerConfig, setup: Setup, max_batch: int, with_diffusers: bool, seed: int
 ) -> Models:
-    """Random weights and inputs, and what they should give."""
+    """Random weights and inputs, and the expected results."""
     torch.manual_seed(seed)
     diffusers_model = _build_diffusers(config) if with_diffusers else None
     tokenizer = Tokenizer(config)

@@ -1,4 +1,4 @@
-"""Cancelled connections: what their clients no longer wait for must free its place and never be computed."""
+"""Cancelled connections: requests without a client must free their place and never be computed."""
 
 import asyncio
 import random

@@ -24,7 +24,7 @@ _SETTINGS = {"log_level": "error", "cpu_workers": "1"}
 
 @dataclass
 class Watch:
-    """What `/readyz` said since the fault."""
+    """Answers of `/readyz` since the fault."""
 
     started_s: float = field(default_factory=time.monotonic)
     unready_after_s: float = float("nan")

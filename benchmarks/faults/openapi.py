@@ -1,4 +1,4 @@
-"""schemathesis against the running service: whatever the OpenAPI allows must be answered as it says."""
+"""schemathesis against the running service: every request of the OpenAPI document is answered as it says."""
 
 import logging
 import re

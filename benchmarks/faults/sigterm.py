@@ -1,4 +1,4 @@
-"""SIGTERM under load: what the service accepted is answered, and the process ends with status 0."""
+"""SIGTERM under load: accepted requests are answered, and the process ends with status 0."""
 
 import asyncio
 import logging

@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass
 class Traffic:
-    """What the clients share, and count.
+    """State that the clients share, and their counts.
 
     Attributes:
         outcomes: by client and status; status 0 where no answer came.
@@ -92,7 +92,7 @@ def run_soak(options: Options) -> list[Check]:
 
 
 def growth(samples: Sequence[Sample]) -> float:
-    """What resident memory grew over the last two thirds, by the line that fits it best, of its mean there.
+    """Growth of resident memory over the last two thirds, by the line that fits best, as a share of the mean.
 
     NaN for less than three samples.
     """

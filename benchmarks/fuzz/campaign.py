@@ -32,7 +32,7 @@ _MIB = 2**20
 
 @dataclass
 class Tally:
-    """What came back."""
+    """Answers, counted."""
 
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
     """By route and status; status 0 where the connection ended without an answer."""
@@ -46,7 +46,7 @@ class Tally:
     """Refusals in plain text by the HTTP parser: what came was no HTTP request."""
 
     def add(self, case: Case, answer: Answer) -> str | None:
-        """Count an answer; what is wrong with it, or None."""
+        """Count an answer; gives its fault, or None."""
         self.answers[case.route, answer.status] += 1
         if answer.status in BUSY_STATUSES:
             self.busy += 1

@@ -125,8 +125,8 @@ class Case:
     Attributes:
         index: number of the case.
         route: path that it goes to.
-        kind: what its body was before it was mutated.
-        how: what was done to it.
+        kind: of the body before its mutation.
+        how: the mutation.
         message: all its bytes, head and body.
         framed: whether the head tells truly where the body ends; where it does not, no answer may be due.
     """

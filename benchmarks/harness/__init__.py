@@ -1,1 +1,1 @@
-"""What all benchmarks share: timing, results, provenance, a service in a process."""
+"""Shared by all benchmarks: timing, results, provenance, a service in a process."""

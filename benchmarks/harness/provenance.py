@@ -32,7 +32,7 @@ def read_provenance(device: torch.device, dtype: torch.dtype, commit: str | None
     Args:
         device: where the work runs.
         dtype: of operands and activations.
-        commit: what to record instead of asking git, for copies of the files without their history.
+        commit: recorded instead of git's, for copies of the files without their history.
     """
     return Provenance(
         device=_device_name(device),

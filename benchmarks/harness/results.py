@@ -57,7 +57,7 @@ def format_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], obje
 
     Args:
         rows: the results.
-        columns: what to show of a row, by heading; floats get four digits.
+        columns: a row's values to show, by heading; floats get four digits.
     """
     lines = [list(columns), *([_text(show(row)) for show in columns.values()] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]

@@ -27,7 +27,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """What the cases of one run share."""
+    """Shared by the cases of one run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -87,7 +87,7 @@ def unless_out_of_memory(label: str, case: Callable[[], Iterable[Row]]) -> list[
 
 
 def report_skipped(what: str, exc: Exception) -> None:
-    """One line that says what is not measured, and why."""
+    """One line that names the skipped case, and why."""
     reason = next(iter(str(exc).strip().splitlines()), "")
     kind = "" if isinstance(exc, UnavailableError) else f"{type(exc).__name__}: "
     logger.warning("skipped %s: %s%s", what, kind, reason[:300])

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: flags, device, ceilings, and results to a file and to the screen."""
+"""Shared by the benchmark scripts: flags, device, ceilings, and results to a file and to the screen."""
 
 import argparse
 import logging
@@ -37,7 +37,7 @@ def run_script(
         argv: arguments without the program's name; by default those of the process.
         row_type: dataclass of one result.
         run: gives the rows of one case after the other.
-        table: what the table shows of a row, by heading.
+        table: a row's values in the table, by heading.
 
     Returns:
         Exit status: 0 done, 1 nothing could be measured.
@@ -72,7 +72,7 @@ def script_parser(
 
     Args:
         name: of the benchmark's module.
-        description: what it measures.
+        description: of the measurement.
         epilog: examples.
         implementations: names that ``--implementations`` takes.
         batches: batch sizes where none are given, by type of device.
@@ -130,7 +130,7 @@ def positive(text: str) -> int:
 
 
 def read_setup(arguments: argparse.Namespace) -> Setup:
-    """What `script_parser`'s flags ask for.
+    """The setup that `script_parser`'s flags ask for.
 
     Raises:
         SetupError: the device does not exist here, or is neither CUDA nor a CPU.

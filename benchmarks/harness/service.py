@@ -36,7 +36,7 @@ class Service:
 
     Attributes:
         url: its address, without a slash at the end.
-        process: the process itself; its children count in what is measured.
+        process: the process itself; measurements include its children.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -57,7 +57,7 @@ class Service:
         return self.process.poll() is None
 
     def rss_bytes(self) -> int:
-        """Resident memory of the process and its children, bytes; what they share counts for each."""
+        """Resident memory of the process and its children, bytes; shared pages count for each."""
         return round(self._total(lambda pid: _PAGE_BYTES * int(_read(pid, "statm").split()[1])))
 
     def num_fds(self) -> int:
@@ -165,9 +165,9 @@ def launch(
     Args:
         settings: of the service, by field name, such as ``{"batch_size": "8"}``; those of the
             surrounding environment are left out.
-        module: what is run; it says its address in its first line, after the word ``on``.
+        module: run by ``-m``; its first line ends with its address, after the word ``on``.
         arguments: of the module.
-        ready_path: what answers 200 once the service is ready; None does not wait.
+        ready_path: answers 200 once the service is ready; None does not wait.
         ready_timeout_s: how long to wait for that, seconds.
         environment: further variables.
 

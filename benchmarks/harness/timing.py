@@ -34,7 +34,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches in this run: no implementation gets far past either."""
+    """Rates that the device reaches in this run: no implementation gets far past either."""
 
     matrix_tflops: float
     """Best rate of a large square product in the benchmark's dtype, random data."""
@@ -92,10 +92,10 @@ def time_interleaved(
     """Time calls side by side, one run of each a round, so that drift of the machine meets all alike.
 
     Args:
-        calls: what to time, by name.
+        calls: the timed functions, by name.
         device: CUDA (events, cold L2 cache) or CPU (wall clock).
         num_runs: rounds, after the warm-up.
-        label: what the progress bar says.
+        label: of the progress bar.
     """
     for _ in range(WARMUP_ROUNDS[device.type]):
         for call in calls.values():

@@ -1,1 +1,1 @@
-"""What the fault scenarios send, and how they judge what came back."""
+"""Requests of the fault scenarios, and how the answers are judged."""

@@ -1,4 +1,4 @@
-"""What a fault scenario found: quantities, some of them held to a bar."""
+"""Findings of a fault scenario: quantities, some of them held to a bar."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

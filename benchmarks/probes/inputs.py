@@ -1,4 +1,4 @@
-"""What the scenarios send: photos in every format, latents, and one image that a fault waits for."""
+"""Bodies of the scenarios: photos in every format, latents, and one image that a fault waits for."""
 
 import base64
 import io

@@ -18,7 +18,7 @@ _PROBLEM_FIELDS = {"type", "title", "status", "detail", "request_id"}
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one request.
+    """Answer to one request, byte by byte.
 
     Attributes:
         status: HTTP status; 0 where not even a whole head came.
@@ -40,7 +40,7 @@ class Answer:
         return not self.complete or self.headers.get("connection", "").lower() == "close"
 
     def problem_fault(self) -> str | None:
-        """What is wrong with the problem document that this answer should be, or None."""
+        """The fault of an answer that should be a problem document, or None."""
         if self.headers.get("content-type") != "application/problem+json":
             return f"content type {self.headers.get('content-type')}"
         try:
@@ -135,7 +135,7 @@ class Connection:
         self.writer.close()
 
     def abort(self) -> None:
-        """Close at once, whatever is unsent."""
+        """Close at once, and drop unsent bytes."""
         self.writer.transport.abort()
 
     async def _body(self, headers: Mapping[str, str]) -> tuple[bytes, bool]:

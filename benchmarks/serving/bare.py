@@ -25,7 +25,7 @@ from service.settings import Settings
 
 
 class BareError(Exception):
-    """The bare loop failed; shows what it said."""
+    """The bare loop failed; shows its output."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Variant:
 
 
 def variants(batches: Sequence[int]) -> list[Variant]:
-    """One loop with torch's own threads, and one single-threaded loop a core, at every batch size."""
+    """One loop with torch's own threads, and one single-threaded loop per core, at every batch size."""
     cores = torch.get_num_threads()
     shapes = [(1, cores)] if cores == 1 else [(1, cores), (cores, 1)]
     return [Variant(loops, threads, batch) for loops, threads in shapes for batch in batches]
 
 
 def run_bare(checkpoint: str, folder: Path, variant: Variant, duration_s: float) -> float:
-    """Run the loop in a process of its own; gives images a second.
+    """Run the loop in a process of its own; gives images per second.
 
     Raises:
         BareError: it did not finish.

@@ -1,4 +1,4 @@
-"""What a client is asked to do, what it reports, and how it is run, as a process of its own."""
+"""A client's task and report, and the process that it runs in."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ BOUNDARY = "drorae-benchmark-boundary"
 
 @dataclass(frozen=True)
 class Load:
-    """What a client does.
+    """Task of a client.
 
     Attributes:
         url: scheme, host and port.
@@ -63,7 +63,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Report:
-    """What a client saw of the measured time.
+    """A client's view of the measured time.
 
     Attributes:
         duration_s: from the first measured arrival to the end of the measured time.
@@ -95,7 +95,7 @@ class Report:
 
     @property
     def ok_per_s(self) -> float:
-        """Answers of status 200 a second."""
+        """Answers of status 200 per second."""
         return self.num_ok_completed / self.duration_s
 
     def num(self, low: int, high: int) -> int:
@@ -104,7 +104,7 @@ class Report:
 
 
 class ClientError(Exception):
-    """The load generator itself failed; shows what it said."""
+    """The load generator itself failed; shows its output."""
 
 
 def run_client(load: Load) -> Report:

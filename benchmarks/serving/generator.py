@@ -1,4 +1,4 @@
-"""A load generator in a process of its own, lean because it shares the cores with what it measures.
+"""A load generator in a process of its own, lean because it shares the cores with the service.
 
 Requests are bytes made beforehand; of an answer only the status and a few headers are read. Reads a
 `Load` from standard input and writes a `Report` to standard output.

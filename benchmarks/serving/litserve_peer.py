@@ -16,9 +16,9 @@ class EncodeAPI(litserve.LitAPI):
 
     Args:
         config: of the model.
-        batch_ms: what a batch takes the device, milliseconds.
-        lock_file: what the workers share the device by.
-        batch_timeout_s: how long a batch waits to be filled, seconds; at 0 it takes what is there.
+        batch_ms: time of a batch on the device, milliseconds.
+        lock_file: by which the workers share the device.
+        batch_timeout_s: how long a batch waits to be filled, seconds; at 0 it takes the items that are there.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The service under load, against what the machine can do without it.
+"""The service under load, against a loop that does the same work without it.
 
 Closed loop at saturation against the bare loop, then an open loop: at parts of the capacity, and at ten
 times it.

@@ -1,4 +1,4 @@
-"""What is recorded of the service under load, and how it is shown: rows, a table, two plots."""
+"""Results of the service under load: rows, a table, two plots."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +141,7 @@ def row_of_trials(
 def row_without_server(
     provenance: Provenance, scenario: str, system: str, configuration: str, rates: Sequence[float]
 ) -> ServingRow:
-    """A row of a loop without HTTP, whose rounds gave so many images a second."""
+    """A row of a loop without HTTP, with the images per second of its rounds."""
     return ServingRow(
         **vars(provenance),
         scenario=scenario,
@@ -155,7 +155,7 @@ def row_without_server(
 
 
 def images_per_s(trials: Sequence[Trial], images_per_request: int = 1) -> float:
-    """Median over the rounds of the images that were answered with status 200, a second."""
+    """Median over the rounds of the images per second that were answered with status 200."""
     return median([trial.report.ok_per_s * images_per_request for trial in trials])
 
 

@@ -40,7 +40,7 @@ class SimulatedDevice:
 
     Args:
         config: of the model, for the shapes of its results.
-        batch_ms: what a batch takes, milliseconds, whatever its size up to `MAX_BATCH`.
+        batch_ms: time of a batch of any size up to `MAX_BATCH`, milliseconds.
         lock_file: shared by the processes that share the device; None where there is one process.
     """
 
@@ -81,7 +81,7 @@ class SimulatedDevice:
 
 
 class ImageCode:
-    """What every peer does around the device: our own code for images, the same limits, the same bytes."""
+    """Work of every peer around the device: our own code for images, the same limits, the same bytes."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         limits = Settings()

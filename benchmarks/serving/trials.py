@@ -18,7 +18,7 @@ _WARMUP_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Options:
-    """What every scenario is given.
+    """Options of every scenario.
 
     Attributes:
         folder: of the staged photos.
@@ -29,8 +29,8 @@ class Options:
         open_duration_s: of one open-loop trial, seconds.
         clients: connections of a closed loop at saturation.
         max_connections: most connections of an open loop.
-        deadline_s: what clients of the overloaded service allow, seconds.
-        device_ms: what a batch takes the simulated device.
+        deadline_s: of the overloaded service's clients, seconds.
+        device_ms: time of a batch on the simulated device, milliseconds.
         batches: sizes that the bare loop tries.
         peer_python: interpreter of an environment with LitServe; None leaves it out.
     """
@@ -61,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Trial:
-    """What client and service say of one run; memory in bytes."""
+    """Client's and service's figures of one run; memory in bytes."""
 
     report: Report
     cpu_s: float

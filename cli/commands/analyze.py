@@ -1,4 +1,4 @@
-"""``drorae analyze``: what a checkpoint's fusion does, as the paper's figures."""
+"""``drorae analyze``: the effects of a checkpoint's fusion, as the paper's figures."""
 
 import argparse
 import json

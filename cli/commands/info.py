@@ -1,4 +1,4 @@
-"""``drorae info``: what a checkpoint is, after reading and verifying all of it."""
+"""``drorae info``: describes a checkpoint, after reading and verifying all of it."""
 
 import argparse
 import json
@@ -108,7 +108,7 @@ def describe_json(tokenizer: Tokenizer, checkpoint: CheckpointInfo) -> dict[str,
 
 
 def describe_table(tokenizer: Tokenizer, checkpoint: CheckpointInfo) -> list[tuple[str, str]]:
-    """What a person wants to know, as names and values."""
+    """A description for people, as names and values."""
     config, facts = tokenizer.config, describe_json(tokenizer, checkpoint)
     encoder, fusion, decoder = config.encoder, config.fusion, config.decoder
     channels, rows, columns = config.latent_shape

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def next_command(name: str, folder: Path) -> str:
-    """The command to type after a pull, by what the folder holds."""
+    """The command to type after a pull, by the files in the folder."""
     source = SOURCES.get(name)
     target = shlex.quote(name.rpartition("/")[2])
     path = shlex.quote(str(folder))

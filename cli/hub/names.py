@@ -1,4 +1,4 @@
-"""What can be pulled by a short name, and which files of a repository an import reads."""
+"""Short names of published models, and the files of a repository that an import reads."""
 
 import re
 from collections.abc import Sequence

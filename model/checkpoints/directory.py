@@ -1,4 +1,4 @@
-"""Checkpoint directories, whatever they hold: a ``config.json`` and one safetensors file per part.
+"""Checkpoint directories of every kind: a ``config.json`` and one safetensors file per part.
 
 ``config.json`` names every file with its size and sha256, so that a flipped bit is found before a
 weight is used, and the checkpoint's own sha256 is that of ``config.json``. Nothing is pickled.
@@ -173,7 +173,7 @@ def staged_directory(path: Path, check: Callable[[Path], None]) -> Iterator[Path
     """A directory to write into that becomes ``path`` at the end, synced to disk, or leaves nothing.
 
     Args:
-        path: absolute; what is there goes away once the new directory is complete.
+        path: absolute; a directory that is there goes away once the new one is complete.
         check: called with ``path`` first; raises where that must not be replaced.
 
     Raises:

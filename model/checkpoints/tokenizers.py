@@ -72,7 +72,7 @@ def resolve_checkpoint(source: str | Path, presets: Collection[str] = PRESETS) -
         presets: names of architectures, by default of tokenizers.
 
     Raises:
-        CheckpointError: neither; the message says what was looked for.
+        CheckpointError: neither; the message names the places.
     """
     path = Path(source)
     bundled = BUNDLED_DIRECTORY / str(source)

@@ -1,4 +1,4 @@
-"""What decoding an image file may cost, told from its bytes before any pixel is decoded.
+"""The cost of decoding an image file, bounded from its bytes before any pixel is decoded.
 
 A header may hide the cost of a file: a tile larger than its picture, a JPEG of hundreds of scans, an
 animation of a million frames. `measure_picture` reads the size and the tiles, in bounded time and without

@@ -1,4 +1,4 @@
-"""JPEG files without the segments that could cost the photo: what Pillow gets to see of one."""
+"""JPEG files without the segments that could cost the photo, as Pillow gets them."""
 
 _START_OF_SCAN = 0xDA
 _APP0, _APP2, _APP13, _APP14 = 0xE0, 0xE2, 0xED, 0xEE

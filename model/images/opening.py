@@ -38,7 +38,7 @@ class OpenPicture:
 
     Attributes:
         image: Pillow's; its pixels are decoded by `read`.
-        finish: what Pillow leaves undone when it decodes.
+        finish: the step that Pillow leaves undone when it decodes.
     """
 
     image: ImageFile.ImageFile

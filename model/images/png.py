@@ -1,4 +1,4 @@
-"""PNG files without the chunks that could cost the photo: what Pillow gets to see of one.
+"""PNG files without the chunks that could cost the photo, as Pillow gets them.
 
 Pillow refuses a whole picture for a long text chunk, a damaged comment or a wrong checksum in metadata.
 Here, as in browsers, such a chunk is dropped, and only what the pixels need can make a file damaged.
@@ -30,7 +30,7 @@ class PngFile:
     Attributes:
         data: the file without the chunks that a picture can do without.
         icc_profile: unpacked.
-        wide_key: the colour that is transparent in a picture of 16 bits a channel, where there is one.
+        wide_key: the colour that is transparent in a picture of 16 bits per channel, if any.
     """
 
     data: bytes
@@ -39,7 +39,7 @@ class PngFile:
 
 
 def strip_png(data: bytes) -> PngFile:
-    """Drop what is not needed for the pixels.
+    """Drop the chunks that the pixels do not need.
 
     Raises:
         OSError: the file is cut off, a chunk that the pixels need is damaged, or there are too many chunks.

@@ -35,7 +35,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pixels to floating point in [0, 1]: bytes are divided by 255, what is in [0, 1] stays.
+    """Pixels to floating point in [0, 1]: bytes are divided by 255, floats stay.
 
     Args:
         pixels: any shape; uint8, or floating point in [0, 1].
@@ -46,7 +46,7 @@ def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def checked_images(images: Images, side: int) -> Tensor:
-    """Images that a tokenizer can take, as a tensor; what rounding adds to [0, 1] is clamped.
+    """Images that a tokenizer can take, as a tensor; rounding errors beyond [0, 1] are clamped.
 
     Args:
         images: a tensor or NumPy array [B, 3, S, S], uint8, or floating point in [0, 1].

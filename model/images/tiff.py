@@ -1,4 +1,4 @@
-"""TIFF files reduced to the pixels of their first picture: what Pillow gets to see of one.
+"""TIFF files reduced to the pixels of their first picture, as Pillow gets them.
 
 A TIFF file is a directory of tags. Damaged metadata among them could cost the photo, and some layouts of
 pixels are known to be misread; so the directory is written anew with the tags that pixels need, layouts
@@ -55,7 +55,7 @@ class TiffFile:
         data: the file, with a directory of the first picture's pixels.
         white: of grey pixels that Pillow gives as they are stored, the value of white; else None.
         is_negative: whether those grow darker with their value.
-        layout: what the pixels are, in words.
+        layout: the pixels' format, in words.
     """
 
     data: bytes

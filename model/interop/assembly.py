@@ -1,4 +1,4 @@
-"""What every import does: name the file that is at fault, check values, and put the tokenizer together.
+"""Steps of every import: name the file that is at fault, check values, put the tokenizer together.
 
 `model.interop.from_diffusers` and `model.interop.from_rae` read the sources.
 
@@ -36,7 +36,7 @@ class Imported:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Puts the file before what is wrong with its contents; pydantic's errors become sentences."""
+    """Prefixes errors about a file's contents with its name; pydantic's errors become sentences."""
     try:
         yield
     except ValidationError as exc:

@@ -1,6 +1,6 @@
 """Reading other libraries' files: JSON, safetensors whole or in shards, and pickles without their code.
 
-Whatever can be wrong with such a file is a `CheckpointError` of one sentence that names it.
+Every defect of such a file is a `CheckpointError` of one sentence that names the file.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def read_folder(folder: Path, *stems: str) -> ForeignTensors:
 def read_tensors(file: Path, part: str | None = None) -> ForeignTensors:
     """Tensors of a safetensors file, or of a pickle read without running any code.
 
-    What training programs put around them is taken off (`model.interop.wrapping`); averaged weights come
+    Wrappers of training programs are taken off (`model.interop.wrapping`); averaged weights come
     first.
 
     Args:

@@ -77,7 +77,7 @@ def export_diffusers(
     is written beside it, with `model.interop.drorae_fusion`, which makes enriched latents of the two.
 
     Args:
-        tokenizer: what to export.
+        tokenizer: the one to export.
         path: a directory that does not exist yet, or is empty.
         storage_dtype: type of the weights; statistics stay float32.
         release: of transformers, whose names of the encoder's tensors changed.

@@ -30,14 +30,14 @@ COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """Weights without their wrappers, and sentences on what was chosen."""
+    """Weights without their wrappers, and sentences on the choices that were made."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
 
 
 def unwrap(contents: object, part: str | None = None) -> Unwrapped:
-    """The weights in what a file holds.
+    """The weights among a file's contents.
 
     Args:
         contents: of the file: tensors by name, perhaps in dictionaries.

@@ -62,7 +62,7 @@ class Decoder(Freezable):
         return self.to_pixels(self.predict(self.features(tokens)))
 
     def features(self, tokens: Tensor) -> Tensor:
-        """What the last layer sees of latent tokens [B, N, C]: [B, N, D]."""
+        """Input of the last layer, [B, N, D], from latent tokens [B, N, C]."""
         hidden = self.embed(tokens)
         hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1) + self.positions
         for block in self.blocks:
@@ -70,7 +70,7 @@ class Decoder(Freezable):
         return self.norm(hidden)[:, 1:]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """What the last layer should give for images [B, 3, S, S] in [0, 1]: [B, N, p * p * 3]."""
+        """Target of the last layer, [B, N, p * p * 3], from images [B, 3, S, S] in [0, 1]."""
         normalized = (images - self.pixel_mean) / self.pixel_std
         size = (3, self.grid, self.patch_size, self.grid, self.patch_size)
         return normalized.view(-1, *size).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

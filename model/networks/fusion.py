@@ -158,7 +158,7 @@ class Fusion(Freezable):
         return "reference" if self._prepared is None else self._prepared.path
 
     def problem(self, dtype: torch.dtype) -> FusionProblem:
-        """What `kernels.dispatch.choose_path` needs to know of this fusion."""
+        """This fusion's sizes and options, for `kernels.dispatch.choose_path`."""
         return FusionProblem(
             num_layers=self.config.num_layers,
             width=self.width,

@@ -1,4 +1,4 @@
-"""What encoder and decoder share: the transformer block, sin-cos positions and freezing.
+"""Shared by encoder and decoder: the transformer block, sin-cos positions and freezing.
 
 Shape legend: B batch, T tokens (prefix included), C width, D head width.
 """
