@@ -137,7 +137,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_BATCH_MS,
         metavar="MS",
-        help=f"what a batch of up to {MAX_BATCH} takes the simulated device (default: %(default)g)",
+        help=f"time of a batch of up to {MAX_BATCH} on the simulated device (default: %(default)g)",
     )
 
 

@@ -36,7 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "decode",
         run,
         "a file of latents to pictures",
-        "Decode latents of this checkpoint, [N, C, h, w] or [C, h, w]: what `drorae encode` wrote, or the\n"
+        "Decode latents of this checkpoint, [N, C, h, w] or [C, h, w]: a file of `drorae encode`, or the\n"
         "service answered to /encode. Latents that say they are of another checkpoint are refused.",
         EXAMPLES,
     )

@@ -136,7 +136,7 @@ def _check_sources(arguments: argparse.Namespace) -> None:
     if arguments.folder is not None and given:
         raise UsageError(f"{given[0]} does not go with FOLDER, which holds encoder and decoder")
     if arguments.folder is None and arguments.encoder is None:
-        raise UsageError("what to import is missing: an AutoencoderRAE FOLDER, or --encoder with --decoder")
+        raise UsageError("no weights are named: give an AutoencoderRAE FOLDER, or --encoder with --decoder")
     if arguments.folder is None and (arguments.decoder is None) == (arguments.new_decoder is None):
         raise UsageError("--encoder needs one decoder: --decoder FILE, or --new-decoder b, l or xl")
     for option, least in (("image_size", 8), ("decoder_heads", 1)):

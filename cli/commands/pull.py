@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "pull",
         run,
         "download published weights from the Hugging Face hub",
-        "Download what an import needs of a model repository: configuration, weights and statistics.\n"
+        "Download the files of a model repository that an import needs: configuration, weights, statistics.\n"
         f"{VARIABLES}\n\nnames for published models:\n{names}",
         EXAMPLES,
     )

@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         "train one phase of a tokenizer, or a generator",
         "Train one phase from a recipe (YAML): pictures, a log and checkpoints go to its run directory.\n\n"
-        f"phases and what each one trains:\n{phases}",
+        f"phases, and the parts that they train:\n{phases}",
         EXAMPLES,
     )
     parser.add_argument("phase", type=_phase, metavar="PHASE", help=" | ".join(PHASES))
@@ -66,7 +66,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "dry run", "what the run would train, need and take, and whether it can; trains and writes nothing"
+        "dry run", "show parameters, memory, disk and time of the run, and whether it can; writes nothing"
     )
     group.add_argument(
         "--dry-run", action="store_true", help="print the plan; status 2 if the run would fail"
