@@ -119,7 +119,7 @@ def test_export_and_import_are_inverse(run, autoencoder_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "what to import is missing"),
+        ([], "no weights are named"),
         (["--encoder", "dinov2"], "--encoder needs one decoder"),
         (["--encoder", "dinov2", "--decoder", "x", "--new-decoder", "b"], "--encoder needs one decoder"),
         (["rae", "--encoder", "dinov2"], "--encoder does not go with FOLDER"),
