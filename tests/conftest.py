@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,38 @@ if not torch.cuda.is_available():
 NUM_PREFIX_TOKENS = 5  # a class token and four registers
 
 
+# Files and folders that start processes, train, or interpret kernels: all their tests are marked ``slow``.
+SLOW = (
+    "cli/commands/test_serve.py",
+    "cli/test_fusion_paths.py",
+    "cli/test_import_export.py",
+    "cli/test_streams.py",
+    "deploy/test_monitoring.py",
+    "kernels/test_fused.py",
+    "kernels/test_resources.py",
+    "model/interop/test_from_diffusers.py",
+    "model/interop/test_to_diffusers.py",
+    "service/engine/test_engine.py",
+    "service/photos/test_pool.py",
+    "service/test_server.py",
+    "service/test_start.py",
+    "test_bundled.py",
+    "test_readme.py",
+    "training/data/test_cache.py",
+    "training/data/test_workers.py",
+    "training/distributed",
+    "training/evaluation",
+    "training/phases/test_reconstruction.py",
+    "training/planning",
+    "training/studies",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = [Path(__file__).parent / name for name in SLOW]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker("slow")
     if torch.cuda.is_available():
         return
     for item in items:

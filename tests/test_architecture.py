@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SLOW
+
 ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 399
 MAX_FOLDER_ENTRIES = 14
@@ -80,6 +82,10 @@ def test_the_sources_keep_to_the_architecture():
     new, gone = sorted(found - PENDING), sorted(PENDING - found)
     assert not new, "\n".join(["violations:", *new])
     assert not gone, "\n".join(["no violations any more, so take them out of PENDING:", *gone])
+
+
+def test_what_is_marked_slow_is_there():
+    assert [name for name in SLOW if not (ROOT / "tests" / name).exists()] == []
 
 
 @pytest.mark.parametrize(

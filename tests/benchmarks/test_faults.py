@@ -174,6 +174,7 @@ def test_a_service_that_does_not_start_shows_why() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_small_fuzz(run: Any, tmp_path: Path) -> None:
     arguments = ("fuzz", "--count", "40", "--seed", "1", "--save", str(tmp_path / "failures"))
     rows = {row["quantity"]: row for row in run(faults.main, *arguments)}

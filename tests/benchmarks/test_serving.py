@@ -206,6 +206,7 @@ def test_rows_hold_medians_and_bars(folder: Path) -> None:
     assert row.held_to(Bar("other", 2.9, 3.0, upper=True)).met
 
 
+@pytest.mark.slow
 def test_a_small_run_against_the_real_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tmp_path / "tiny"
     torch.manual_seed(0)

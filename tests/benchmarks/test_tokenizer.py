@@ -31,6 +31,7 @@ def test_our_own(run: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.Capt
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
+@pytest.mark.slow
 def test_diffusers_gives_the_same_from_the_same_weights(run: Any) -> None:
     pytest.importorskip("diffusers")
     names = ("encode_base", "diffusers_encode", "decode", "diffusers_decode")

@@ -15,6 +15,7 @@ from training.recipes.recipe import DiscriminatorConfig, LossConfig
 MINI = ("--device", "cpu", "--preset", "mini", "--batch", "1", "--repeats", "1", "--networks", "light")
 
 
+@pytest.mark.slow
 def test_a_phase_before_and_after_the_adversarial_loss(run: Any) -> None:
     precision = torch.get_float32_matmul_precision()
     try:

@@ -192,6 +192,7 @@ def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(autoencoder_fold
     assert os.listdir(tmp_path) == [autoencoder_folder.name]
 
 
+@pytest.mark.slow
 def test_neither_diffusers_nor_transformers_is_needed(autoencoder_folder, tmp_path):
     code = """
 import sys

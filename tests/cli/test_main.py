@@ -92,6 +92,7 @@ def test_defects_of_ours_are_one_line_too_and_debug_shows_them(monkeypatch, refu
     assert describe(RuntimeError()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample photos are not here")
 def test_the_installed_command_reconstructs_a_real_photo(checkpoint, tmp_path):
     photo = sorted(SAMPLES.glob("*.jpg"))[0]
@@ -102,6 +103,7 @@ def test_the_installed_command_reconstructs_a_real_photo(checkpoint, tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_installed_command_fails_in_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{")
     done = process("info", tmp_path)
@@ -111,6 +113,7 @@ def test_the_installed_command_fails_in_one_sentence(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_serving_needs_no_training_code():
     code = "import cli.parser, sys; print([name for name in sys.modules if name.startswith('training')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

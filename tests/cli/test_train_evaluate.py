@@ -106,6 +106,7 @@ def test_evaluate_refuses(refused, checkpoint, photos, photo, tmp_path):
     assert str(empty) in refused("evaluate", "--data", empty, *use)
 
 
+@pytest.mark.slow
 def test_dry_run_is_planned_and_not_trained(run, training_run, photos, checkpoint, tmp_path):
     recipe = tmp_path / "plan.yaml"
     fields = {

@@ -76,6 +76,7 @@ def test_process_one_is_the_service(dockerfile: Dockerfile, target: str) -> None
     assert values["DRORAE_LOG_FORMAT"] == "json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_health_check_tells_readiness(dockerfile: Dockerfile, target: str, service: str) -> None:
     command = exec_form(last(dockerfile, target, "HEALTHCHECK"))

@@ -273,7 +273,10 @@ def photos() -> torch.Tensor:
         pytest.param(
             "triton",
             1,
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU are interpreted"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU are interpreted"),
+            ],
         ),
     ],
 )

@@ -3,7 +3,10 @@
 import json
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_analyze_prints_the_main_numbers_and_writes_figures(run, checkpoint, photos, tmp_path):
     output = tmp_path / "analysis"
     outcome = run("analyze", checkpoint, "--data", photos, "--output", output, "--device", "cpu")

@@ -293,6 +293,7 @@ def environment(hub, home: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_at_once_and_leaves_nothing_half_written(hub, encoder, home):
     encoder.private = True
     hub.stall_at["model.safetensors"] = 2_000_000
@@ -312,6 +313,7 @@ def test_an_interrupt_ends_at_once_and_leaves_nothing_half_written(hub, encoder,
     assert {path.name for path in blobs(home)} == {git_oid(encoder.files[name]) for name in SMALL}
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(hub, encoder, home, tmp_path):
     code = (
         "import resource, sys; from cli.main import main;"

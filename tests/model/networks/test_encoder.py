@@ -57,6 +57,7 @@ def test_every_hidden_state_equals_transformers(height, width, randomize, record
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_base_size_at_its_real_geometry_equals_transformers(randomize, record_difference):
     reference, encoder = build_pair(BASE, randomize)
     x = pixels(224, 224, batch=1)  # a 37x37 table interpolated to 16x16

@@ -161,6 +161,7 @@ def test_without_any_shift_none_is_stored(fusion_case):
     assert fold_experts(case.weights, case.spec).shift is None
 
 
+@pytest.mark.slow
 def test_the_widest_preset_folds_in_seconds(fusion_case):
     config = PRESETS["dinov2-b-h3072"]
     num_layers, width = config.fusion.num_layers, config.encoder.width
