@@ -41,8 +41,6 @@ SLOW = (
     "service/test_server.py",
     "service/test_start.py",
     "test_bundled.py",
-    "test_docs.py",
-    "test_tutorial.py",
     "training/data/test_cache.py",
     "training/data/test_workers.py",
     "training/distributed",

@@ -14,6 +14,8 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from cli.parser import build_parser
+
 ROOT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8000"
 SERVED = ("README.md", "docs/serving/README.md")
@@ -134,6 +136,13 @@ def anchors(text: str) -> set[str]:
 def test_the_settings_page_is_current() -> None:
     page = runpy.run_path(str(ROOT / "docs/serving/settings.py"))["settings_page"]()
     assert read("docs/serving/settings.md") == page, "run: make docs"
+
+
+def test_the_page_of_the_command_line_names_every_command() -> None:
+    page = read("docs/reference/command-line.md")
+    commands = next(action.choices for action in build_parser()._actions if action.dest == "command")
+    assert commands
+    assert [name for name in commands if f"| `drorae {name}` |" not in page] == []
 
 
 def test_the_index_names_every_page() -> None:
