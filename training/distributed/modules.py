@@ -1,4 +1,4 @@
-"""How a task's modules are spread over ranks, and their state gathered so that it shows no number of ranks.
+"""DDP and FSDP2 wrappers, and states that do not depend on the number of ranks.
 
 DDP keeps whole parameters on every rank; FSDP2 keeps a shard of each of the decoder's, and the rest whole.
 What a checkpoint stores is whole in both, under the names of the plain module.
@@ -10,12 +10,18 @@ import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,6 +32,8 @@ from model.networks.decoder import Decoder
 from training.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 # torch 2.13 renamed the option and warns of its old name.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -134,8 +142,13 @@ def like(value: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(value, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict with whole tensors, on every rank."""
+def whole_state(module: nn.Module, trained_only: bool = False) -> dict[str, Any]:
+    """A module's state dict with whole tensors, in memory of rank 0 alone; collective."""
+    return get_model_state_dict(module, options=replace(_WHOLE, ignore_frozen_params=trained_only))
+
+
+def state_everywhere(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict with whole tensors on the device of every rank; collective."""
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
@@ -149,15 +162,10 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict({name: like(t, own[name]) if name in own else t for name, t in state.items()})
 
 
-def whole_optimizer_state(
-    optimizer: torch.optim.Optimizer, module: nn.Module
-) -> dict[str, dict[str, Tensor]]:
-    """Moments and step counts by the parameter's name, whole, on every rank."""
-    return {
-        name: {key: whole(value) for key, value in optimizer.state[parameter].items()}
-        for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
-    }
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Moments and step counts by the parameter's name, whole, in memory of rank 0 alone; collective."""
+    state: Any = get_optimizer_state_dict(module, optimizer, options=_WHOLE)["state"]
+    return dict(state)
 
 
 def load_whole_optimizer_state(

@@ -36,6 +36,7 @@ from training.distributed.modules import (
     load_whole_optimizer_state,
     load_whole_state,
     shard_blocks,
+    state_everywhere,
     whole_optimizer_state,
     whole_state,
 )
@@ -260,7 +261,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
     def _averaged(self) -> Generator:
         """A generator with the averaged weights, whole on every rank."""
         with self.ema.applied():
-            state = {name: tensor.detach().clone() for name, tensor in whole_state(self.network).items()}
+            state = {name: tensor.detach().clone() for name, tensor in state_everywhere(self.network).items()}
         own = self.generator
         averaged = Generator.from_network(own.config, state, Path(), own.trained_on)
         assert own.latent_mean is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.distributed.modules import is_sharded, like, local, whole
+from training.distributed.modules import is_sharded, like, local, whole, whole_state
 from training.recipes.recipe import OptimizerConfig
 
 
@@ -20,6 +20,7 @@ class Ema:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = module
         self.decay = decay
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -47,8 +48,10 @@ class Ema:
             local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, whole, on every rank."""
-        return {name: whole(value) for name, value in self.shadow.items()}
+        """The averages, whole, in memory of rank 0 alone; collective."""
+        with self.applied():
+            state = whole_state(self.module, trained_only=True)
+            return {name: state[name].clone() for name in self.shadow if name in state}
 
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Restore averages that `state_dict` gave, on any number of ranks."""

@@ -34,6 +34,7 @@ from training.distributed.modules import (
     load_whole_state,
     module_sha256,
     shard_decoder,
+    state_everywhere,
     whole_optimizer_state,
     whole_state,
 )
@@ -344,7 +345,7 @@ class ReconstructionTask(Task[Batch]):
             copied = Tokenizer(self.tokenizer.config).to(self.device)
             if self.tokenizer.latent_mean is not None and self.tokenizer.latent_var is not None:
                 copied.set_statistics(self.tokenizer.latent_mean, self.tokenizer.latent_var)
-            copied.load_state_dict(whole_state(self.tokenizer))
+            copied.load_state_dict(state_everywhere(self.tokenizer))
         for part in (copied.encoder, copied.fusion, copied.decoder):
             if part is not None:
                 part.freeze()
