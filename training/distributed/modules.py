@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from model.networks.decoder import Decoder
-from training.distributed.ranks import Ranks
+from training.distributed.ranks import Ranks, current
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,9 @@ def like(value: Tensor, pattern: Tensor) -> Tensor:
 
 
 def whole_state(module: nn.Module, trained_only: bool = False) -> dict[str, Any]:
-    """A module's state dict with whole tensors, in memory of rank 0 alone; collective."""
-    return get_model_state_dict(module, options=replace(_WHOLE, ignore_frozen_params=trained_only))
+    """A module's state dict with whole tensors, in memory of rank 0; empty on other ranks. Collective."""
+    state = get_model_state_dict(module, options=replace(_WHOLE, ignore_frozen_params=trained_only))
+    return state if current().is_main else {}
 
 
 def state_everywhere(module: nn.Module) -> dict[str, Tensor]:
@@ -163,9 +164,9 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Moments and step counts by the parameter's name, whole, in memory of rank 0 alone; collective."""
-    state: Any = get_optimizer_state_dict(module, optimizer, options=_WHOLE)["state"]
-    return dict(state)
+    """Moments and step counts by the parameter's name, whole, in memory of rank 0; else empty. Collective."""
+    state: Any = get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+    return dict(state["state"]) if current().is_main else {}
 
 
 def load_whole_optimizer_state(

@@ -48,7 +48,7 @@ class Ema:
             local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, whole, in memory of rank 0 alone; collective."""
+        """The averages, whole, in memory of rank 0; empty on other ranks. Collective."""
         with self.applied():
             state = whole_state(self.module, trained_only=True)
             return {name: state[name].clone() for name in self.shadow if name in state}
