@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.errors import SamplingError
-from model.generator import Generator, default_shift
+from model.generator import Generator, GeneratorConfig, default_shift
 
 Method = Literal["euler", "midpoint", "heun"]
 FIRST_ODE_TIME = 0.001  # of RAE's grid before the shift; the time nearest to data
@@ -207,9 +207,10 @@ def _guided(generator: VelocityModel, noise: Tensor, labels: Tensor, guidance: G
 
 
 def _classifier_free(generator: VelocityModel, labels: Tensor, guidance: ClassifierFree) -> _Velocity:
-    if not isinstance(generator, Generator):
-        raise SamplingError("classifier-free guidance needs a Generator, which has a null class")
-    both = torch.cat([labels, torch.full_like(labels, generator.config.null_class)])
+    config: GeneratorConfig | None = getattr(generator, "config", None)
+    if config is None:
+        raise SamplingError("classifier-free guidance needs a model with a configuration, for its null class")
+    both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
 
     def guided(latents: Tensor, time: float) -> Tensor:
         if not _is_within(guidance.interval, time):
