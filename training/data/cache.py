@@ -10,7 +10,6 @@ Shape legend: K crops an image, L layers (1 for latents), N tokens, C width, S s
 """
 
 import hashlib
-import json
 import logging
 import zlib
 from collections.abc import Sequence
@@ -20,13 +19,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model.config import FrozenConfig, TokenizerConfig
+from training.data import shards
 from training.data.batches import StoredCrop
 from training.data.sources import Sample, expand_path
-from training.errors import CacheError, RecipeError
+from training.errors import CacheError, DataError, RecipeError
 from training.recipes.recipe import DataConfig, PhaseRecipe
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def make_key(
         dtype=spec.dtype,
         precision=precision,
         weights_sha256=weights_sha256,
-        listing_sha256=listing_sha256(samples),
+        listing_sha256=shards.listing_sha256(samples),
         num_images=len(samples),
         crops_per_image=spec.crops_per_image,
         resize_short_side=data.resize_short_side,
@@ -188,11 +188,8 @@ def check_manifest(directory: Path, found: CacheManifest, wanted: CacheKey) -> N
         CacheError: names the folder and what differs.
     """
     before, now = found.key.model_dump(), wanted.model_dump()
-    differing = [name for name, value in now.items() if before[name] != value]
-    if differing:
-        changes = ", ".join(
-            f"{name} is {_short(before[name])}, not {_short(now[name])}" for name in differing
-        )
+    if changed := shards.differing(before, now):
+        changes = ", ".join(f"{name} is {_short(before[name])}, not {_short(now[name])}" for name in changed)
         raise CacheError(
             f"{directory} is a cache of something else ({changes}): delete it or name another cache.directory"
         )
@@ -218,16 +215,14 @@ def open_shard(directory: Path, manifest: CacheManifest, number: int) -> Any:
     Raises:
         CacheError: it is missing, truncated, or another cache's.
     """
-    file = shard_file(directory, number)
-    key = manifest.key
+    file, key = shard_file(directory, number), manifest.key
     num_entries = len(shard_images(manifest, number)) * key.crops_per_image
     try:
-        shard: Any = safe_open(file, framework="pt")
-        digest = (shard.metadata() or {}).get("key")
+        shard, facts = shards.open_shard(file)
         shape = shard.get_slice("states").get_shape()
-    except (OSError, SafetensorError) as exc:
+    except (DataError, SafetensorError) as exc:
         raise CacheError(f"{file}: missing or damaged ({exc}): delete it and start again") from exc
-    if digest != manifest.digest or shape != [num_entries, *key.shape]:
+    if facts.get("key") != manifest.digest or shape != [num_entries, *key.shape]:
         raise CacheError(f"{file}: not of this cache: delete it and start again")
     return shard
 
@@ -280,18 +275,6 @@ def checksum(*tensors: Tensor) -> int:
     for tensor in tensors:
         found = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes(), found)
     return found
-
-
-def listing_sha256(samples: Sequence[Sample]) -> str:
-    """Names and sizes, not places: a cache may move with its images."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        if sample.data is not None:
-            num_bytes = len(sample.data)
-        else:
-            num_bytes = sample.file.stat().st_size if sample.num_bytes is None else sample.num_bytes
-        digest.update(json.dumps([sample.key, num_bytes]).encode())
-    return digest.hexdigest()
 
 
 def _short(value: object) -> str:

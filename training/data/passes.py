@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from model.process import num_cpus
 from training.data.batches import Batch, evaluation_batches
-from training.data.pass_shards import Shard, ShardStore
+from training.data.shards import Shard, ShardStore
 from training.data.sources import Sample
 from training.distributed.ranks import Ranks
 

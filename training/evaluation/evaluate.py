@@ -13,8 +13,8 @@ from kernels.dispatch import FusionSetting
 from model.images.similarity import psnr, ssim
 from model.tokenizer import LatentKind, Tokenizer
 from training.data.batches import evaluation_batches
-from training.data.pass_shards import ShardStore, listing_digest
 from training.data.passes import RANKS_TIMEOUT_S, SAVE_EVERY_S, PassConfig, default_workers
+from training.data.shards import ShardStore, listing_sha256
 from training.data.sources import Sample, list_samples, spread_samples
 from training.distributed.device import resolve_device
 from training.distributed.ranks import Ranks, current, process_group
@@ -156,7 +156,7 @@ def _run_evaluation(options: EvaluationOptions, ranks: Ranks) -> int:
     )
     identity = {
         "checkpoint": tokenizer.checkpoint.sha256,
-        "data": listing_digest(samples),
+        "data": listing_sha256(samples),
         "readout_photos": [str(path) for path in options.readout_photos or ()],
         "latents": latents,
         "metrics": [*metrics.columns, *(network.column for network in metrics.networks)],

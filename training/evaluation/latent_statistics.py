@@ -16,7 +16,6 @@ from torch import Tensor
 from model.checkpoints.tokenizers import BUNDLED_DIRECTORY, resolve_checkpoint, write_with_statistics
 from model.tokenizer import Tokenizer
 from training.data.batches import Batch
-from training.data.pass_shards import ShardStore, listing_digest
 from training.data.passes import (
     RANKS_TIMEOUT_S,
     SAVE_EVERY_S,
@@ -24,6 +23,7 @@ from training.data.passes import (
     default_workers,
     run_pass,
 )
+from training.data.shards import ShardStore, listing_sha256
 from training.data.sources import Sample, list_samples, spread_samples
 from training.distributed.device import resolve_device
 from training.distributed.ranks import Ranks, current, process_group
@@ -164,7 +164,7 @@ def _run_statistics(options: StatisticsOptions, ranks: Ranks) -> int:
     config = PassConfig(
         tokenizer.config.image_size, options.batch_size, "statistics", workers, options.save_every_s
     )
-    identity = {"checkpoint": tokenizer.checkpoint.sha256, "data": listing_digest(samples)}
+    identity = {"checkpoint": tokenizer.checkpoint.sha256, "data": listing_sha256(samples)}
     store = ShardStore(_state_directory(options.output), identity)
     found = measure_statistics(tokenizer, samples, config, store, ranks)
     if ranks.is_main:

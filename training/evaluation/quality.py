@@ -20,8 +20,8 @@ from model.images.similarity import detail, edge_ratio, psnr, ssim
 from model.images.tensors import to_bytes
 from model.tokenizer import LatentKind
 from training.data.batches import Batch
-from training.data.pass_shards import Shard, ShardStore
 from training.data.passes import PassConfig, run_pass
+from training.data.shards import Shard, ShardStore
 from training.data.sources import Sample
 from training.distributed.ranks import Ranks
 from training.errors import DataError, WeightsError

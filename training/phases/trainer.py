@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from training.data.cache import listing_sha256
+from training.data.shards import listing_sha256
 from training.data.sources import Sample
 from training.distributed.ranks import current
 from training.errors import DivergenceError, TrainingError

@@ -19,8 +19,8 @@ from torch import Tensor
 from model.checkpoints.tokenizers import BUNDLED_DIRECTORY
 from model.tokenizer import LatentKind, Tokenizer
 from training.data.batches import evaluation_batches
-from training.data.pass_shards import ShardStore
 from training.data.passes import PassConfig
+from training.data.shards import ShardStore
 from training.data.sources import Sample, list_samples
 from training.distributed.ranks import Ranks
 from training.evaluation.quality import Metrics, WeightFiles, measure_quality

@@ -49,7 +49,7 @@ def never_encode(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the frozen parts ran although their states are cached")
 
-    monkeypatch.setattr("training.data.cache_build.frozen_states", refuse)
+    monkeypatch.setattr("training.data.frozen_states.frozen_states", refuse)
 
 
 @pytest.mark.usefixtures("exact", "small_shards")
@@ -166,7 +166,7 @@ def test_a_killed_build_goes_on_where_it_was(
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "import training.data.cache, training.data.cache_build as build\n"
+        "import training.data.cache, training.data.frozen_states as build\n"
         "from tests.training.conftest import in_float64\n"
         "from training.run import run_phase\n"
         "training.data.cache.SHARD_BYTES = 40_000\n"
@@ -233,7 +233,7 @@ def test_no_room_is_said_before_anything_is_computed(
 ) -> None:
     never_encode(monkeypatch)
     usage = type("usage", (), {"free": 1000})()
-    monkeypatch.setattr("training.data.cache_build.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("training.data.frozen_states.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CacheError, match=r"the cache needs 0\.0 more \(12 images x 2 crops x 0\.00 MiB\)"):
         run_phase("phase1", recipe_file, with_cache, tmp_path / "run")
     assert not list((tmp_path / "cache").iterdir())

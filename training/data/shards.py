@@ -1,4 +1,8 @@
-"""Finished work of a pass over images, in files of which each one says what it covers."""
+"""Shards: safetensors files that are written whole and say in their metadata what they hold.
+
+Caches of frozen states and unfinished passes are made of them. Both go on after a kill in the same way: a
+shard that is there and of the same identity is done, and another identity is refused by naming what differs.
+"""
 
 import hashlib
 import json
@@ -37,6 +41,50 @@ class Shard:
     facts: dict[str, Any]
 
 
+def write_shard(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a shard, whole or not at all.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(file, save(whole, metadata={"shard": json.dumps(facts)}))
+
+
+def open_shard(file: Path) -> tuple[Any, dict[str, Any]]:
+    """A shard, mapped into memory, and its facts.
+
+    Raises:
+        DataError: it is missing, cut off or something else.
+    """
+    try:
+        shard: Any = safe_open(file, framework="pt")
+        return shard, dict(json.loads((shard.metadata() or {})["shard"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataError(f"{file}: missing, or not a whole shard ({exc}): delete it and start again") from exc
+
+
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names of what an identity has otherwise than it should."""
+    return [name for name, value in wanted.items() if found.get(name) != value]
+
+
+def listing_sha256(samples: Sequence[Sample]) -> str:
+    """Digest of names and sizes, not of places: a cache or an unfinished pass may move with its images.
+
+    Raises:
+        OSError: a listed file is gone.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        if sample.data is not None:
+            num_bytes = len(sample.data)
+        else:
+            num_bytes = sample.file.stat().st_size if sample.num_bytes is None else sample.num_bytes
+        digest.update(json.dumps([sample.key, num_bytes]).encode())
+    return digest.hexdigest()
+
+
 class ShardStore:
     """The directory of one pass, or none: then nothing outlives the process.
 
@@ -69,9 +117,8 @@ class ShardStore:
             "positions": _to_intervals(shard.positions),
             "facts": shard.facts,
         }
-        tensors = {name: tensor.contiguous() for name, tensor in shard.tensors.items()}
         file = self.directory / f"shard-{shard.positions[0]:09d}.safetensors"
-        write_atomically(file, save(tensors, metadata={"shard": json.dumps(facts)}))
+        write_shard(file, shard.tensors, facts)
 
     def remove(self) -> None:
         """Delete the directory: the pass is finished and its result is safe."""
@@ -79,29 +126,19 @@ class ShardStore:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _read(self, file: Path) -> Shard:
+        stream, facts = open_shard(file)
         try:
-            with safe_open(file, framework="pt") as stream:
-                facts = json.loads((stream.metadata() or {})["shard"])
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             positions = [p for low, high in facts["positions"] for p in range(low, high)]
             found, shard = facts["identity"], Shard(positions, tensors, facts["facts"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
+        except (SafetensorError, ValueError, KeyError, TypeError) as exc:
             raise DataError(f"{file}: not a shard of a run: delete it to compute its images again") from exc
-        changed = sorted(name for name in self.identity if found.get(name) != self.identity[name])
-        if changed:
+        if changed := differing(found, self.identity):
             raise TrainingError(
-                f"{self.directory} holds an unfinished run with other {', '.join(changed)}: "
+                f"{self.directory} holds an unfinished run with other {', '.join(sorted(changed))}: "
                 "finish that one, or delete the directory"
             )
         return shard
-
-
-def listing_digest(samples: Sequence[Sample]) -> str:
-    """Digest of the listed images by name, place and size, not of their contents."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.key}\0{sample.file_name}\0{sample.offset}\0{sample.num_bytes}\n".encode())
-    return digest.hexdigest()
 
 
 def _to_intervals(positions: Sequence[int]) -> list[list[int]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from training.data.cache import (
     shard_file,
     shard_images,
 )
+from training.data.shards import write_shard
 from training.data.sources import Sample
 from training.data.workers import ignore_signals, iterate
 from training.distributed.device import autocast
@@ -183,10 +183,9 @@ def _fill(
     ) as bar:
         for number in numbers:
             tensors = _encode(tokenizer, spec, shard_images(manifest, number), crops, precision, bar)
-            metadata = {"key": manifest.digest}
             file = shard_file(spec.directory, number)
             with _saying_what_is_full(spec.directory):
-                write_atomically(file, save(tensors, metadata=metadata))
+                write_shard(file, tensors, {"key": manifest.digest})
 
 
 @torch.no_grad()
