@@ -46,7 +46,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class CacheKey(FrozenConfig):
-    """What cached values were made from. Two caches of one key hold the same values."""
+    """Everything that cached values depend on. Two caches of one key hold the same values."""
 
     kind: CacheKind
     shape: tuple[int, int, int] = Field(description="[L, N, C] of an entry.")
@@ -76,7 +76,7 @@ class CacheManifest(FrozenConfig):
 
     @property
     def digest(self) -> str:
-        """Of the key; every shard carries it."""
+        """SHA-256 of the key; every shard carries it."""
         return hashlib.sha256(self.key.model_dump_json().encode()).hexdigest()
 
 
@@ -99,7 +99,7 @@ class CacheSpec:
         return 3 * self.image_size**2 + values + 9
 
     def num_bytes(self, num_images: int) -> int:
-        """Of the whole cache, headers aside."""
+        """Size of the whole cache, headers aside."""
         return num_images * self.crops_per_image * self.entry_bytes
 
     @property
@@ -107,7 +107,7 @@ class CacheSpec:
         return max(1, SHARD_BYTES // (self.crops_per_image * self.entry_bytes))
 
     def existing_bytes(self) -> int:
-        """Of the shards that are there."""
+        """Size of the shards that are there."""
         if not self.directory.is_dir():
             return 0
         return sum(file.stat().st_size for file in self.directory.glob("shard-*.safetensors"))
@@ -163,7 +163,7 @@ def make_key(
 
 
 def read_manifest(directory: Path) -> CacheManifest | None:
-    """What a folder's cache was made from; None where there is none.
+    """Read the manifest of a folder's cache; None where there is none.
 
     Raises:
         CacheError: ``cache.json`` cannot be read, or is of something else.

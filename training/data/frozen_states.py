@@ -99,7 +99,7 @@ def open_or_build_cache(
 
 
 def frozen_states(tokenizer: Tokenizer, kind: CacheKind, images: Tensor) -> Tensor:
-    """What is cached of images [B, 3, S, S] in [0, 1]: [B, L, N, C]."""
+    """States [B, L, N, C] to cache of images [B, 3, S, S] in [0, 1]."""
     if kind == "hidden":
         num_layers = len(tokenizer.config.fused_layers)
         return torch.stack(tokenizer.encoder(tokenizer.preprocess(images))[-num_layers:], dim=1)
@@ -233,7 +233,7 @@ def _encode(
 
 
 def _weights_sha256(tokenizer: Tokenizer, frozen_sha256: Mapping[str, str], kind: CacheKind) -> str:
-    """Of the frozen parts that make the values, and of how the fusion combines them."""
+    """Digest of the frozen parts that make the values, and of the fusion's configuration."""
     config = tokenizer.config
     parts: dict[str, object] = {
         "encoder": frozen_sha256["encoder"],
@@ -246,7 +246,7 @@ def _weights_sha256(tokenizer: Tokenizer, frozen_sha256: Mapping[str, str], kind
 
 
 def _resolved(precision: str, device: torch.device) -> str:
-    """What ``auto`` stands for on this device."""
+    """Precision that ``auto`` means on this device."""
     if precision != "auto":
         return precision
     return "bfloat16" if device.type == "cuda" else "float32"

@@ -30,7 +30,7 @@ MAX_WORKERS = 8
 
 
 class Accumulator(Protocol):
-    """What a pass computes."""
+    """Computation of a pass."""
 
     def add(self, positions: Sequence[int], batch: Batch) -> None:
         """Take a batch; ``positions`` are those of its images, broken ones left out."""
@@ -41,7 +41,7 @@ class Accumulator(Protocol):
 
 @dataclass(frozen=True)
 class PassConfig:
-    """How a pass reads its images and keeps its work.
+    """Settings of a pass.
 
     Attributes:
         side: of the centre crop, pixels.

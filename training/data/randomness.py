@@ -17,7 +17,7 @@ SAMPLES_PER_BLOCK = 32
 
 
 class Purpose(IntEnum):
-    """What a draw is for. `training.data.batches` uses the numbers 0, 1 and 7."""
+    """Purpose of a draw. `training.data.batches` uses the numbers 0, 1 and 7."""
 
     NOISE = 2
     PERCEPTUAL_CROP = 3

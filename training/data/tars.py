@@ -74,7 +74,7 @@ class Member:
 
 @dataclass
 class _Contents:
-    """What a shard holds, by the members' normal names and in their order.
+    """Contents of a shard by the members' normalised names, in their order.
 
     Attributes:
         names: of images and of links that may be some, as the shard writes them.

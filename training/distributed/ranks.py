@@ -55,7 +55,7 @@ class Ranks:
             dist.barrier()
 
     def all_gather_object(self, value: Item) -> list[Item]:
-        """What each rank gave, in the order of ranks; anything that pickles."""
+        """Values of all ranks, in the order of ranks; anything that pickles."""
         if self.size == 1:
             return [value]
         gathered: list[Item] = [value] * self.size
@@ -63,7 +63,7 @@ class Ranks:
         return gathered
 
     def broadcast_object(self, value: Item) -> Item:
-        """What rank 0 gave."""
+        """Value of rank 0, on every rank."""
         if self.size == 1:
             return value
         box = [value]

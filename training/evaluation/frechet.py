@@ -32,7 +32,7 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float | N
 
 
 def bias_note(num_images: int, width: int) -> str | None:
-    """What a reader must know of a distance over few images, or None over enough of them."""
+    """A warning that a distance over few images is biased; None over enough images."""
     if num_images >= CUSTOMARY_NUM_IMAGES:
         return None
     rank = f", fewer than its {width} features," if num_images <= width else ""

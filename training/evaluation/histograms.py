@@ -1,4 +1,4 @@
-"""What is told of a stream of values: ranges, histograms and principal components, in float64.
+"""Streaming summaries in float64: range, histogram, principal components.
 
 Shape legend: T values or tokens of one batch, K columns, C latent width.
 """

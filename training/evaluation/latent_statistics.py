@@ -51,7 +51,7 @@ class LatentStatistics:
     num_broken: int
 
     def summary(self) -> dict[str, Any]:
-        """What a person checks: over all positions, the range of the means and deviations."""
+        """Range of means and deviations over all positions, for a person to check."""
         deviation = self.var.sqrt()
         return {
             "num_images": self.num_images,

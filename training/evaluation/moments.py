@@ -53,7 +53,7 @@ class Moments(ABC):
         self.count = total
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What `restore` takes, named ``<prefix>.count`` and so on."""
+        """Tensors for `restore`, named ``<prefix>.count`` and so on."""
         return {
             f"{prefix}.count": torch.tensor([self.count], dtype=torch.int64),
             f"{prefix}.mean": self.mean.cpu(),

@@ -138,7 +138,7 @@ class Metrics:
 
 
 def _image_measure(name: MetricName, files: WeightFiles, device: torch.device, patch_size: int) -> Measure:
-    """What gives a figure for each of reconstructions [B, 3, S, S] and their images."""
+    """Function from reconstructions and images, both [B, 3, S, S], to one figure per image."""
     if name == "lpips":
         return Lpips(*find_lpips(files.vgg, files.lpips)).to(device)
     measures: dict[str, Measure] = {

@@ -114,7 +114,7 @@ class Readouts:
     nine: LinearMap
 
     def images(self, tokens_BNC: Tensor) -> tuple[Tensor, Tensor]:
-        """What each gives, [B, 3, S, S], clamped to [0, 1]."""
+        """Images of both readouts, [B, 3, S, S] each, clamped to [0, 1]."""
         patches = (self.one(tokens_BNC), self.nine(neighbourhood(tokens_BNC, self.decoder.grid)))
         one, nine = (self.decoder.to_pixels(p).clamp(0, 1) for p in patches)
         return one, nine

@@ -62,7 +62,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, on what."""
+    """Results of an evaluation with their tokenizer and images."""
 
     tokenizer: Autoencoder
     samples: Sequence[Sample]
@@ -95,7 +95,7 @@ class Report:
         return [*self.metrics.columns, *(network.column for network in self.metrics.networks)]
 
     def notes(self) -> dict[str, str]:
-        """What to know of a distance before comparing it."""
+        """Warnings by distance, to read before comparing it."""
         num_images = len(self.quality.images)
         notes = {network.column: bias_note(num_images, network.width) for network in self.metrics.networks}
         return {name: note for name, note in notes.items() if note is not None}
@@ -123,7 +123,7 @@ class Report:
         return "\n".join([heading, "", table, "", *lines]).rstrip() + "\n"
 
     def csv(self) -> str:
-        """One row an image and latent."""
+        """One row per image and latent."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "file", "latent", *self.metrics.columns])

@@ -1,1 +1,1 @@
-"""What a run writes: files whole or not at all, tables, figures, grids."""
+"""Outputs of a run: files that are written whole or not at all, tables, figures, grids."""

@@ -16,7 +16,7 @@ LABEL_HEIGHT = 18
 def reconstruction_grid(
     rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[Sequence[str]] | None = None
 ) -> Image.Image:
-    """One labelled row a stage, one column an image.
+    """One labelled row per stage, one column per image.
 
     Args:
         rows: tensors [B, 3, S, S] in [0, 1], the same B and S.

@@ -1,1 +1,1 @@
-"""What each phase trains, and the loop that all of them share."""
+"""Phases of training, and the loop that all of them share."""

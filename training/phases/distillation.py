@@ -50,7 +50,7 @@ HINT_WIDTHS = (STAGE_WIDTHS[2], STAGE_WIDTHS[3], FEATURE_WIDTH)
 
 
 class Predictions(NamedTuple):
-    """Of the student's heads.
+    """Outputs of the student's heads.
 
     Attributes:
         logits: [B, 1000], to match the teacher's.
@@ -84,7 +84,7 @@ class Student(nn.Module):
         self.painter = nn.Linear(config.width, 3 * config.patch_size**2)
 
     def forward(self, pixels: Tensor) -> "Predictions":
-        """What the heads make of pixels [B, 3, S, S]."""
+        """Run encoder and heads on normalised pixels [B, 3, S, S]."""
         config = self.encoder.config
         grid = pixels.shape[-1] // config.patch_size
         states = [token_norm(state, self.eps) for state in self.encoder.hidden_states(pixels)]
@@ -270,7 +270,7 @@ def _label_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _excess_variance(values: Tensor, limit: float, ranks: Ranks) -> Tensor:
-    """By how much the mean squares of those values exceed the limit that do so over the global batch."""
+    """Mean excess of the values' mean squares over the limit, where the global batch exceeds it."""
     if not values.shape[-1]:
         return values.new_zeros(())
     squares = values.square().mean(dim=(0, 1))

@@ -164,7 +164,7 @@ class ReconstructionTask(Task[Batch]):
             yield [next(stream) for _ in range(per_step)]
 
     def _open_cache(self) -> StateCache | None:
-        """What the recipe's cache keeps of the frozen parts; all ranks fill what is missing."""
+        """Open the recipe's cache of frozen states; all ranks fill the missing shards."""
         recipe = self.recipe
         if recipe.cache is None:
             return None

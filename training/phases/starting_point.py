@@ -1,4 +1,4 @@
-"""What phases 1 to 3 and joint training start from: a recipe that can be done, and the tokenizer."""
+"""Start of phases 1 to 3 and joint training: the recipe is checked, the tokenizer loaded and initialised."""
 
 from collections.abc import Sequence
 from pathlib import Path

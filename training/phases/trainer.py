@@ -44,14 +44,14 @@ BatchType = TypeVar("BatchType", bound="TrainingBatch")
 
 
 class TrainingBatch(Protocol):
-    """What the trainer asks of a micro-batch."""
+    """The one thing that the trainer reads from a micro-batch."""
 
     @property
     def num_broken(self) -> int: ...
 
 
 class Task(ABC, Generic[BatchType]):
-    """What one phase trains, and how. The trainer calls it; it knows nothing of files or logs.
+    """Training of one phase. The trainer calls it; a task knows nothing of files or logs.
 
     Every rank has its own, and calls every method at the same time as the others; files are written by the
     main rank alone.

@@ -25,7 +25,7 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """By the device's data sheet, else measured; a GPU that is not here is taken for an H100."""
+    """Matrix rate of a device: its data sheet's, else measured. A GPU that is not here counts as an H100."""
     if device.type == "cuda":
         is_here = (device.index or 0) < torch.cuda.device_count()
         name = torch.cuda.get_device_name(device) if is_here else "H100"

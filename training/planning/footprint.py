@@ -86,13 +86,13 @@ class Footprint:
     discriminator: Operations
 
     def operations_per_image(self, step: int, recipe: PhaseRecipe) -> Operations:
-        """Of step ``step``: the discriminator and its loss set in at steps of their own."""
+        """Operations of step ``step``; the discriminator and its loss set in at steps of their own."""
         starts, is_used = recipe.discriminator, recipe.loss.adversarial > 0
         generator = self.generator[is_used and step >= starts.adversarial_start_step]
         return generator + (self.discriminator if is_used and step >= starts.start_step else Operations())
 
     def run_operations(self, recipe: PhaseRecipe) -> Operations:
-        """Of the whole run, evaluation aside."""
+        """Operations of the whole run, evaluation aside."""
         starts = (0, recipe.discriminator.start_step, recipe.discriminator.adversarial_start_step)
         bounds = [*(min(start, recipe.num_steps) for start in starts), recipe.num_steps]
         total = Operations()

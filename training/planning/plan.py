@@ -28,7 +28,7 @@ from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe,
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user states for the estimate.
+    """Options of the estimate, from the command line.
 
     Attributes:
         num_checked: images of each listing to decode; None for all.
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def num_epochs(self) -> float | None:
-        """Of the images that are there."""
+        """Passes over the listed images."""
         seen = self.recipe.num_steps * self.recipe.batch_size
         return seen / self.train.num_listed if self.train.num_listed else None
 

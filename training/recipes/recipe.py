@@ -109,7 +109,7 @@ class LossConfig(FrozenConfig):
 
 
 class DistributedConfig(FrozenConfig):
-    """How the ranks that ``torchrun`` starts share the work; one process needs none of it."""
+    """Division of the work among the ranks of ``torchrun``; unused by a single process."""
 
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp", description="ddp: every rank holds all weights; fsdp: a shard of the decoder's (FSDP2)."
@@ -133,7 +133,7 @@ class DiscriminatorConfig(FrozenConfig):
 
 
 class CacheConfig(FrozenConfig):
-    """What the frozen parts give for every crop, computed once and kept on disk (`training.data.cache`)."""
+    """Outputs of the frozen parts for every crop, computed once and kept on disk (`training.data.cache`)."""
 
     directory: Path = Field(description="Folder of the cache; made where it is absent.")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Of the stored values.")
@@ -149,7 +149,7 @@ class FusionStartConfig(FrozenConfig):
 
 
 class BaseRecipe(FrozenConfig):
-    """What every phase needs."""
+    """Settings of every phase."""
 
     name: str = Field("run", min_length=1, description="Name of the run.")
     output: Path = Field(description="Run directory.")

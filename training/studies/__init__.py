@@ -1,1 +1,1 @@
-"""What is made of finished checkpoints: analyses, sweeps, ablations, probe, bundle."""
+"""Studies of finished checkpoints: analyses, sweeps, ablations, probe, bundle."""

@@ -50,7 +50,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant reaches, on the validation photos.
+    """Figures of a variant on the validation photos.
 
     Attributes:
         readout_db: mean PSNR per photo of the readout refitted to its latents.

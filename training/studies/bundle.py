@@ -90,7 +90,7 @@ def bundle(
 def _measure(
     path: Path, samples: Sequence[Sample], readout_photos: Sequence[Path]
 ) -> dict[LatentKind, dict[str, float | None]]:
-    """By latent: PSNR, SSIM, edge ratio, detail and readouts of a checkpoint."""
+    """PSNR, SSIM, edge ratio, detail and readouts of a checkpoint, by latent."""
     tokenizer = Tokenizer.load(path)
     readouts = fit_readouts(tokenizer, readout_photos, LATENTS)
     metrics = Metrics(METRICS, WeightFiles(), tokenizer, readouts)

@@ -36,7 +36,7 @@ NORMS = ("|z_base|", "|z_fuse|", "|z_final|", "|z_fuse - z_base|", "|z_final - z
 
 @dataclass(frozen=True)
 class Latents:
-    """What one batch of images becomes.
+    """Latents of one batch of images.
 
     Attributes:
         tokens: by name, z_base and with a fusion also z_fuse and z_final, each [B, N, C].

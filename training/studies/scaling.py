@@ -1,4 +1,4 @@
-"""What a sweep shows: a table of its points, straight-line fits, and plots."""
+"""Report of a sweep: a table of its points, straight-line fits, and plots."""
 
 import csv
 import io

@@ -84,7 +84,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of the point's directory."""
         return f"layers{self.num_layers:02d}-width{self.hidden_width:04d}-seed{self.seed}"
 
 
@@ -315,7 +315,7 @@ def _read_point(output: Path, size: Size, width: int) -> SweepPoint:
 
 
 def _baseline(recipe: SweepRecipe) -> dict[str, float]:
-    """The figures without any fusion: z_base through the same decoder, measured once a sweep."""
+    """The figures without any fusion: z_base through the same decoder, measured once per sweep."""
     file = recipe.output / "baseline.json"
     if not file.exists():
         assert recipe.init is not None
