@@ -57,12 +57,12 @@ def test_peak_is_what_the_allocator_saw(recipe_file: Path, phase: str, recompute
 @pytest.mark.gpu
 @pytest.mark.parametrize("phase", ["phase1", "phase2"])
 def test_peak_is_what_the_gpus_allocator_saw(recipe_file: Path, phase: str) -> None:
-    recipe = load_recipe(PhaseRecipe, recipe_file, [*CHANGES, "device=cuda", "batch_size=64"])
+    recipe = load_recipe(PhaseRecipe, recipe_file, [*CHANGES, "device=cuda", "batch_size=512"])
     task = ReconstructionTask(phase, recipe, [])
-    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
-    task.train_step(0, [Batch(images, torch.zeros(64), 0)])
+    images = torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8)
+    task.train_step(0, [Batch(images, torch.zeros(512), 0)])
     torch.cuda.reset_peak_memory_stats()
-    task.train_step(1, [Batch(images, torch.zeros(64), 0)])
+    task.train_step(1, [Batch(images, torch.zeros(512), 0)])
     counted = footprint(phase, recipe, task.tokenizer.config)
     assert counted.peak_bytes == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
