@@ -146,8 +146,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _show_plan(arguments: argparse.Namespace) -> int:
     from training.planning.plan import PlanOptions, plan_phase, render_plan
 
-    if arguments.phase == "generator":
-        raise UsageError("--dry-run plans the tokenizer's phases; the generator's is not among them yet")
     if arguments.phase == "sweep":
         raise UsageError("--dry-run plans one phase; a sweep's points are runs of phase2: plan that")
     stated = {"bfloat16": arguments.matrix_tflops, "float32": arguments.float32_tflops}

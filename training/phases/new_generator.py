@@ -77,19 +77,39 @@ def make_generator(recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Class
     Raises:
         RecipeError: it does not fit the latents or the classes.
     """
-    if recipe.init is not None:
-        try:
-            source = Generator.load(recipe.init)
-        except CheckpointError as exc:
-            raise RecipeError(f"field 'init': {exc}") from exc
-        config = source.config.model_copy(update={"name": recipe.name})
-    else:
-        source, config = None, _new_config(recipe, tokenizer, classes)
-    _check_fit(recipe, config, tokenizer, classes)
+    source = _load_source(recipe)
+    config = planned_config(recipe, tokenizer, classes, source)
     generator = Generator(config, _trained_on(recipe, tokenizer, classes, config))
     if source is not None:
         generator.network.load_state_dict(source.network.state_dict())
     return generator
+
+
+def planned_config(
+    recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Classes, source: Generator | None = None
+) -> GeneratorConfig:
+    """The architecture that would be trained: that of ``source``, which is loaded where it is not given.
+
+    Raises:
+        RecipeError: it does not fit the latents or the classes.
+    """
+    source = source or _load_source(recipe)
+    if source is None:
+        config = _new_config(recipe, tokenizer, classes)
+    else:
+        config = source.config.model_copy(update={"name": recipe.name})
+    _check_fit(recipe, config, tokenizer, classes)
+    return config
+
+
+def _load_source(recipe: GeneratorRecipe) -> Generator | None:
+    """The generator that the recipe goes on from."""
+    if recipe.init is None:
+        return None
+    try:
+        return Generator.load(recipe.init)
+    except CheckpointError as exc:
+        raise RecipeError(f"field 'init': {exc}") from exc
 
 
 def _new_config(recipe: GeneratorRecipe, tokenizer: Tokenizer, classes: Classes) -> GeneratorConfig:

@@ -21,6 +21,7 @@ from training.losses.perceptual import make_perceptual
 from training.output.progress import log_progress
 from training.phases.starting_point import check_recipe, make_tokenizer
 from training.phases.states import holds_state
+from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import BaseRecipe, DataConfig, PhaseRecipe
 
 MAX_SHOWN = 5
@@ -148,7 +149,7 @@ def check_recipe_fits(phase: str, recipe: BaseRecipe, num_processes: int, findin
             f"field 'optimizer.warmup_steps': {warmup} steps of warm-up do not end within num_steps={steps}"
         )
     if not isinstance(recipe, PhaseRecipe):
-        if recipe.preset is None:
+        if recipe.preset is None and not isinstance(recipe, GeneratorRecipe):
             findings.problems.append(f"field 'preset': name one of {', '.join(PRESETS)}")
         return device
     try:

@@ -23,6 +23,8 @@ from training.planning.checks import (
 )
 from training.planning.device import device_bytes, matrix_tflops
 from training.planning.footprint import Footprint, Operations, measure_footprint
+from training.planning.generators import generator_sizes
+from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, in_steps, load_recipe
 
 
@@ -113,6 +115,8 @@ def plan_phase(
     if phase == "phase0":
         recipe = distillation = load_recipe(DistillationRecipe, config_path, changes)
         side = max(distillation.final_image_size, distillation.teacher_image_size)
+    elif phase == "generator":
+        recipe, side = load_recipe(GeneratorRecipe, config_path, changes), 256
     else:
         recipe = reconstruction = load_recipe(PhaseRecipe, config_path, changes)
         config = check_start(phase, reconstruction, findings)
@@ -127,6 +131,11 @@ def plan_phase(
         _add_footprint(plan, recipe, config, device)
         _add_time(plan, recipe, device, options)
         _add_disk(plan, recipe, config, resume)
+    elif isinstance(recipe, GeneratorRecipe):
+        sizes = generator_sizes(recipe, plan.num_processes, plan.train.num_listed, findings)
+        needed = sizes.get("checkpoint_bytes", 0) + 3 * sizes.get("state_bytes", 0)
+        free = check_output("output", recipe.output, int(needed), findings, resume)
+        plan.figures |= sizes | {"free_bytes": free}
     else:
         check_output("output", recipe.output, 0, findings, resume)
     return plan

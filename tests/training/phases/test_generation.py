@@ -20,6 +20,7 @@ from training.data.held_latents import hold_latents, shuffled_numbers
 from training.data.sources import list_samples
 from training.errors import DataError, RecipeError
 from training.phases.generation import GenerationTask, draw_times
+from training.planning.plan import plan_phase, render_plan
 from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import load_recipe
 from training.run import run_phase
@@ -330,3 +331,22 @@ def test_another_correction_is_for_studies_alone(
 ) -> None:
     with pytest.raises(RecipeError, match="field 'correction'"):
         make_task(recipe_file, f"tokenizer={fused}", "correction=replace", *overrides)
+
+
+def test_a_dry_run_tells_sizes_and_what_is_wrong(recipe_file: Path, tmp_path: Path) -> None:
+    plan = plan_phase("generator", recipe_file, ["hold_latents=true"])
+    assert plan.findings.problems == []
+    assert plan.figures["num_parameters"] == sum(
+        p.numel() for p in make_task(recipe_file).network.parameters()
+    )
+    assert plan.figures["held_latents_bytes"] == 12 * 2 * 32 * 4 * 4 * 2
+    assert "12 images of 3 classes" in render_plan(plan)
+    assert not (tmp_path / "run").exists()
+    for override, words in (
+        ("generator.num_classes=4", "made for classes 4"),
+        ("tokenizer=nowhere", "field 'tokenizer'"),
+        ("optimizer.warmup_steps=9", "warmup_steps"),
+        ("data.validation=[]", "data.validation"),
+    ):
+        problems = plan_phase("generator", recipe_file, [override]).findings.problems
+        assert any(words in problem for problem in problems), (override, problems)
