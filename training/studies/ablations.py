@@ -10,6 +10,7 @@ Shape legend: L layers, C width, T tokens, P patch values (3 p^2).
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.reference import token_norm
 from model.config import FusionConfig
@@ -88,16 +89,17 @@ def variants(centre: FusionConfig) -> Iterator[Variant]:
 def run_variant(
     variant: Variant,
     tokenizer: Tokenizer,
+    base_readout: nn.Linear,
     train: TokenSet,
     validation: TokenSet,
     config: FusionStartConfig,
     precision: str,
 ) -> Result:
-    """Fit one variant and read its latents."""
+    """Fit one variant under a copy of the linear decoder of base latents, and read its latents."""
     torch.manual_seed(SEED)
     fusion = Fusion(variant.fusion, tokenizer.config.encoder)
     eps = tokenizer.config.encoder.layer_norm_eps
-    decoder = base_decoder(train, eps).requires_grad_(variant.is_joint)
+    decoder = copy.deepcopy(base_readout).requires_grad_(variant.is_joint)
     generator = torch.Generator().manual_seed(SEED)
     fit_fusion(fusion, train, decoder, config, generator, precision)
     ridge = Ridge(train.states.shape[-1], train.patches.shape[-1])
@@ -135,10 +137,11 @@ def _mean_psnr(tokenizer: Tokenizer, found: Tensor, wanted: Tensor) -> float:
     return torch.cat(total).mean().item()
 
 
-def base_figures(tokenizer: Tokenizer, train: TokenSet, validation: TokenSet) -> dict[str, float]:
+def base_figures(
+    tokenizer: Tokenizer, base_readout: nn.Linear, train: TokenSet, validation: TokenSet
+) -> dict[str, float]:
     """The readouts that bound a fusion: of base latents, and of all layers side by side."""
     eps = tokenizer.config.encoder.layer_norm_eps
-    decoder = base_decoder(train, eps)
     latents = token_norm(validation.states[:, -1].float(), eps)
     num_layers, width = train.states.shape[1:]
     ridge = Ridge(num_layers * width, train.patches.shape[-1], torch.float32)
@@ -147,7 +150,7 @@ def base_figures(tokenizer: Tokenizer, train: TokenSet, validation: TokenSet) ->
     fit = ridge.solve(PENALTY * ridge.num_rows)
     parts = (fit(token_norm(s.float(), eps).flatten(1)) for s in validation.states.split(CHUNK))
     return {
-        "base_db": _mean_psnr(tokenizer, decoder(latents), validation.patches),
+        "base_db": _mean_psnr(tokenizer, base_readout(latents), validation.patches),
         "all_layers_db": _mean_psnr(tokenizer, torch.cat(list(parts)), validation.patches),
     }
 
@@ -210,12 +213,15 @@ def main() -> None:
     config = FusionStartConfig(num_images=arguments.images, num_steps=arguments.steps, learning_rate=2e-3)
     train = collect_tokens(tokenizer, list_samples(arguments.train), config.num_images, arguments.precision)
     validation = collect_tokens(tokenizer, list_samples(arguments.validation), None, arguments.precision)
+    base_readout = base_decoder(train, tokenizer.config.encoder.layer_norm_eps)
     results = []
     for variant in variants(centre):
-        results.append(run_variant(variant, tokenizer, train, validation, config, arguments.precision))
+        results.append(
+            run_variant(variant, tokenizer, base_readout, train, validation, config, arguments.precision)
+        )
         logger.info("%s", results[-1])
     summary = {
-        **base_figures(tokenizer, train, validation),
+        **base_figures(tokenizer, base_readout, train, validation),
         "variants": [asdict(result) for result in results],
         "scaling": scaling(results, results[0]),
         "fit": config.model_dump(),
