@@ -61,7 +61,9 @@ def check_normalize(options: EncodeOptions, tokenizer: Tokenizer) -> None:
         return
     check_statistics(tokenizer)
     if options.latent == "base":
-        raise OptionError("normalize=true needs latent=enriched: the statistics describe enriched latents.")
+        raise OptionError(
+            "The option normalize=true needs latent=enriched: the statistics describe enriched latents."
+        )
 
 
 def check_statistics(tokenizer: Tokenizer) -> None:
