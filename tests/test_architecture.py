@@ -41,8 +41,8 @@ ROOMS = {
         __main__ -> startup
     """,
     "training": """
-        run -> studies, planning -> phases -> evaluation -> data, losses
-        run, studies, planning, phases, evaluation, data, losses -> distributed, recipes, output -> errors
+        run -> studies, planning -> phases -> latents -> evaluation -> data, losses
+        run, studies, planning, phases, latents, evaluation, data, losses -> distributed, recipes, output -> errors
     """,
     "cli": """
         main -> parser -> commands -> hub, photos -> files, options -> errors

@@ -6,6 +6,7 @@
     ├── RecipeError     a recipe file that cannot be read or asks for the impossible
     ├── DataError       no images, an unreadable folder or shard
     ├── CacheError      a cache of other weights or images, a damaged one, or no room for it
+    ├── LatentsError    a folder of latents of something else, a damaged one, or one that cannot be made
     ├── WeightsError    pretrained weights that a loss needs are absent
     ├── DivergenceError a loss that is no longer finite
     └── RankError       another rank ended, or did not answer in time
@@ -26,6 +27,10 @@ class DataError(TrainingError, ValueError):
 
 class CacheError(TrainingError):
     """A cache of latents that cannot be used or made; the message names its folder or file."""
+
+
+class LatentsError(TrainingError):
+    """A folder of latents that cannot be used or made; the message names the folder or file."""
 
 
 class WeightsError(TrainingError):

@@ -155,14 +155,28 @@ def list_members(file: Path, left_out: Counter[str]) -> list[Member]:
     return members
 
 
+def open_unpacked(file: Path) -> IO[bytes]:
+    """A compressed shard as the tar that it unpacks to; seeking back unpacks it from its beginning again.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    opener = _opener(file)
+    return file.open("rb") if opener is None else opener(file)
+
+
+def _opener(file: Path) -> Callable[..., Any] | None:
+    with file.open("rb") as stream:
+        start = stream.read(6)
+    return next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
+
+
 @contextmanager
 def _open_tar(file: Path) -> Iterator[tuple[tarfile.TarFile, bool]]:
     """The opened shard, and whether it is compressed; such a one is read once from beginning to end."""
     # Zeros end a tar, and further tars may follow: cat joins shards.
     options: dict[str, Any] = {"tarinfo": _StrictTarInfo, "ignore_zeros": True}
-    with file.open("rb") as stream:
-        start = stream.read(6)
-    opener = next((o for magic, o in _COMPRESSED.items() if start.startswith(magic)), None)
+    opener = _opener(file)
     if opener is None:
         with tarfile.open(file, "r:", **options) as shard:
             yield shard, False

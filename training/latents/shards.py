@@ -1,0 +1,174 @@
+"""Files of latents: safetensors that say in their metadata what they hold.
+
+Tensors of ``latents-000000.safetensors``, for n images that could be read:
+
+- ``latents`` [n, C, h, w]; ``latents_flip`` likewise, of the mirror images, where asked for;
+- ``labels`` [n] int64, -1 for none;
+- ``moments.count`` [1], ``moments.mean`` and ``moments.second`` [C, h, w] float64: of all rows, mirror images
+  included, from which the folder's statistics are merged.
+
+The metadata has one entry, ``drorae``: a `ShardInfo` as JSON. (safetensors writes several entries in a
+random order, so that equal files would differ.)
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from model.config import FrozenConfig
+from training.errors import LatentsError
+from training.latents.manifest import Identity, ShardRecord
+from training.latents.store import Store
+from training.latents.units import Unit
+
+METADATA_KEY = "drorae"
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+
+
+class BrokenImage(FrozenConfig):
+    """An image that could not be read."""
+
+    position: int = Field(ge=0, description="Within the input.")
+    key: str
+    reason: str
+
+
+class ShardInfo(FrozenConfig):
+    """Metadata of a file of latents."""
+
+    format: Literal["drorae-latents"] = "drorae-latents"
+    version: Literal[1] = 1
+    identity: Identity
+    input: str = Field(description="Name of the folder, tar or list that the images come from.")
+    start: int = Field(ge=0, description="Position of the unit's first image within the input.")
+    keys: tuple[str, ...] = Field(description="Names of the rows' images.")
+    broken: tuple[BrokenImage, ...] = ()
+
+    def is_of(self, unit: Unit, identity: Identity) -> bool:
+        """Whether this is the file that the unit gives."""
+        all_keys = list(self.keys)
+        for image in self.broken:  # ascending, so each finds its place among those before it
+            all_keys.insert(image.position - self.start, image.key)
+        found = self.identity, self.input, self.start, all_keys
+        return found == (identity, unit.input, unit.start, unit.keys)
+
+
+def write_shard(store: Store, name: str, info: ShardInfo, tensors: Mapping[str, Tensor]) -> ShardRecord:
+    """Write a file of latents, whole or not at all; equal contents give equal bytes.
+
+    Raises:
+        OSError: as `Store.write`.
+    """
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    data = save(whole, metadata={METADATA_KEY: info.model_dump_json()})
+    store.write(name, data)
+    return _record(name, info, data)
+
+
+def read_record(store: Store, name: str) -> ShardRecord:
+    """The record of a file that is there; reads all of it.
+
+    Raises:
+        LatentsError: it is missing, cut off or something else.
+    """
+    header = read_header(store, name)
+    return _record(name, header.info, store.read(name) or b"")
+
+
+def read_tensors(store: Store, name: str, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of a file; reads no others.
+
+    Raises:
+        LatentsError: the file is missing, cut off or something else, or lacks one of them.
+    """
+    header = read_header(store, name)
+    found = {}
+    for key in keys:
+        if key not in header.places:
+            raise LatentsError(f"{store.path(name)}: has no tensor {key!r}")
+        place = header.places[key]
+        data = bytearray(store.read(name, place.start, place.stop) or b"")
+        found[key] = torch.frombuffer(data, dtype=place.dtype).reshape(place.shape) if data else place.empty()
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a file: its bytes are those from ``start`` to ``stop``."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def empty(self) -> Tensor:
+        """A tensor of this kind."""
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file of latents says of itself, and where its tensors are."""
+
+    info: ShardInfo
+    places: dict[str, Place]
+
+
+def read_header(store: Store, name: str) -> Header:
+    """A file's header, and whether the file has the length that it states; reads nothing else.
+
+    Raises:
+        LatentsError: it is missing, cut off or something else.
+    """
+    size = store.size(name)
+    if size is None:
+        raise LatentsError(f"{store.path(name)}: there is no such file")
+    try:
+        num_bytes = int.from_bytes(store.read(name, 0, _LENGTH_BYTES) or b"", "little")
+        base = _LENGTH_BYTES + num_bytes
+        if num_bytes > min(size, _MAX_HEADER_BYTES):
+            raise ValueError("its header is longer than the file")
+        fields = json.loads(store.read(name, _LENGTH_BYTES, base) or b"")
+        info = ShardInfo.model_validate_json(fields.pop("__metadata__")[METADATA_KEY])
+        places = {key: _place(entry, base) for key, entry in fields.items()}
+    except ValidationError as exc:
+        raise LatentsError(f"{store.path(name)}: no file of latents: {exc.errors()[0]['msg']}") from exc
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise LatentsError(f"{store.path(name)}: no file of latents, or a damaged one ({exc})") from exc
+    end = max((place.stop for place in places.values()), default=base)
+    if end != size:
+        raise LatentsError(f"{store.path(name)}: has {size} bytes, and its header says {end}")
+    return Header(info, places)
+
+
+def _place(entry: dict[str, Any], base: int) -> Place:
+    low, high = entry["data_offsets"]
+    return Place(
+        _DTYPES[str(entry["dtype"])], tuple(map(int, entry["shape"])), base + int(low), base + int(high)
+    )
+
+
+def _record(name: str, info: ShardInfo, data: bytes) -> ShardRecord:
+    return ShardRecord(
+        name=name,
+        n=len(info.keys),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        broken=len(info.broken),
+    )
