@@ -75,6 +75,12 @@ def shown(sample: Sample) -> str:
     return f"{printable(str(sample.file))}: {sample.key}"
 
 
+def short_name(sample: Sample) -> str:
+    """Name of a photo in a file of latents: below its folder or tar, or that of its own file; no suffix."""
+    is_single = sample.key == str(sample.file)
+    return printable(sample.file.stem) if is_single else sample.key
+
+
 def output_name(photo: Sample, source: Path) -> Path:
     """Name of a photo below its source, with its suffix where another photo differs in that alone.
 

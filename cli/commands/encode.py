@@ -4,9 +4,11 @@ Shape legend: N photos, C h w one latent, S image side.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cli import files
 from cli.errors import UsageError
@@ -35,7 +37,8 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         "photos to a file of latents",
         "Encode photos into one tensor [N, C, h, w], in the order given; a folder's photos by name.\n"
-        "A .safetensors file also carries which checkpoint made it; a .npy file is the bare numbers.\n"
+        "A .safetensors file also carries which checkpoint made it and, of several photos, their names;\n"
+        "a .npy file is the bare numbers.\n"
         "A photo that cannot be read is named and left out of the tensor; the exit status is then 3.",
         EXAMPLES,
     )
@@ -80,13 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
     rules = files.image_rules(settings, tokenizer.config.image_size, arguments.fit)
     has_several = len(arguments.inputs) > 1 or photos.is_collection(arguments.inputs[0])
     reader = photos.PhotoReader(rules, has_several)
-    encoded = []
-    for _, images_B3SS in reader.batches(samples, settings.batch_size, "encode"):
+    encoded: list[Tensor] = []
+    names: list[str] = []
+    for read, images_B3SS in reader.batches(samples, settings.batch_size, "encode"):
+        names += (photos.short_name(sample) for sample in read)
         latents_BChw = tokenizer.encode(images_B3SS, arguments.latent, arguments.normalize)
         encoded.append(latents_BChw.float().cpu())
     latents_NChw = torch.cat(encoded)
     options = EncodeOptions(dtype=arguments.dtype, latent=arguments.latent, normalize=arguments.normalize)
-    answer = latents_answer(latents_NChw, media_type, options, Origin.of(tokenizer))
+    keys = {"keys": json.dumps(names)} if has_several else None
+    answer = latents_answer(latents_NChw, media_type, options, Origin.of(tokenizer), keys)
     files.write_file(output, answer.content)
     skipped = f", {reader.num_broken} photos skipped" if reader.num_broken else ""
     shape = list(latents_NChw.shape)

@@ -80,8 +80,21 @@ def latent_dtype(options: EncodeOptions) -> torch.dtype:
     return tensors.DTYPES[options.dtype]
 
 
-def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, origin: Origin) -> Answer:
+def latents_answer(
+    latents: Tensor,
+    media_type: str,
+    options: EncodeOptions,
+    origin: Origin,
+    names: Mapping[str, str] | None = None,
+) -> Answer:
     """Latents [N, C, h, w] float32 as an answer.
+
+    Args:
+        latents: results of the model.
+        media_type: as negotiated.
+        options: type of the numbers, and how the latents were made.
+        origin: which model made them.
+        names: further metadata for the format that has some, safetensors.
 
     Raises:
         OptionError: a dtype that the format lacks, or that the numbers overflow.
@@ -102,6 +115,7 @@ def latents_answer(latents: Tensor, media_type: str, options: EncodeOptions, ori
         **origin.metadata(),
         "normalized": str(options.normalize).lower(),
         "latent": options.latent,
+        **(names or {}),
     }
     return _tensor_answer("latents", narrowed, media_type, metadata)
 

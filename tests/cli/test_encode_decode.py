@@ -87,6 +87,15 @@ def test_photos_and_folders_keep_their_order(encode, checkpoint, photo, photos, 
     torch.testing.assert_close(load_file(output)["latents"], model_latents(checkpoint, *order))
 
 
+def test_several_photos_keep_their_names(encode, photo, photos, tmp_path):
+    output = tmp_path / "out.safetensors"
+    encode(photo, photos, "-o", output)
+    assert json.loads(metadata(output)["keys"]) == ["photo", "a", "b", "more/c"]
+    (photos / "a.png").write_bytes(b"broken")
+    assert encode(photos, "-o", output).status == 3
+    assert json.loads(metadata(output)["keys"]) == ["b", "more/c"]
+
+
 def test_encoding_refuses_what_it_cannot_do(
     refused, checkpoint, other_checkpoint, photo, broken_image, tmp_path
 ):
