@@ -1,0 +1,1 @@
+"""Readers of folders of latents, for our training and for other people's."""
