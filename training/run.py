@@ -50,13 +50,23 @@ def run_phase(
     check_run_directory(recipe.output, resume)
     with process_group(recipe.device, recipe.distributed.timeout_s) as ranks:
         logger.info("listing the training images")
-        samples = list_samples(recipe.data.train, ranks)
-        recipe = in_steps(recipe, len(samples))
-        logger.info("training on %d images", len(samples))
+        samples = list_samples(recipe.data.train, ranks) if recipe.data.train else []
+        num_images = len(samples) or _num_stored(recipe)
+        recipe = in_steps(recipe, num_images)
+        logger.info("training on %d images", num_images)
         task = _make_task(phase, recipe, samples, resume and holds_state(recipe.output))
         figures = Trainer(task, task.recipe.output).run(resume)
     logger.info("%s finished: %s", phase, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     return 0
+
+
+def _num_stored(recipe: BaseRecipe) -> int:
+    """Images whose latents the recipe trains on."""
+    if not isinstance(recipe, GeneratorRecipe) or recipe.data.latents is None:
+        return 0
+    from training.phases.stored_latents import open_latents
+
+    return len(open_latents(recipe, "latents"))
 
 
 def _make_task(phase: str, recipe: BaseRecipe, samples: Sequence[Sample], is_resumed: bool) -> Task[Any]:

@@ -1,8 +1,8 @@
 """Stage 2: a DiT^DH learns the velocity of normalised latents (rectified flow, arXiv 2510.11690).
 
 ``x_t = (1 - t) x + t e``, and the loss is the mean square of ``v(x_t, t, y) - (e - x)``. The tokenizer is
-frozen. Its latents come from images in the step, or were encoded once and stay on the device; then nothing
-in the loop waits for the device but the rows of the log.
+frozen. Its latents come from images in the step, or from a folder (`drorae tokenize`), or stay on the device;
+then nothing in the loop waits for the device but the rows of the log.
 
 Shape legend: B batch, C latent channels, h w latent grid.
 """
@@ -24,7 +24,7 @@ from training.data.batches import (
     share_of_step,
     training_batches,
 )
-from training.data.classes import find_classes
+from training.data.classes import Classes, find_classes
 from training.data.held_latents import HeldLatents, hold_latents, shuffled_numbers
 from training.data.randomness import Purpose, StepRandomness
 from training.data.sources import Sample, list_samples, spread_samples
@@ -42,9 +42,17 @@ from training.distributed.modules import (
 )
 from training.distributed.ranks import current, is_launched
 from training.evaluation.latent_statistics import latent_statistics
+from training.latents.reading.folder import LatentFolder, LatentRows
 from training.output.grids import reconstruction_grid, save_image
 from training.phases.new_generator import check_recipe, load_tokenizer, make_generator
 from training.phases.optimizer import Ema, clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
+from training.phases.stored_latents import (
+    check_labels,
+    hold_stored,
+    open_latents,
+    stored_batches,
+    stored_classes,
+)
 from training.phases.trainer import Task, is_reported
 from training.recipes.generator import GeneratorRecipe
 
@@ -79,7 +87,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
 
     Args:
         recipe: settings of the phase.
-        samples: the listing of the recipe's ``data.train``.
+        samples: the listing of the recipe's ``data.train``; none where it names stored latents.
     """
 
     def __init__(self, recipe: GeneratorRecipe, samples: Sequence[Sample]) -> None:
@@ -87,9 +95,10 @@ class GenerationTask(Task[Batch | LatentBatch]):
         self.recipe: GeneratorRecipe = recipe
         self.device = resolve_device(recipe.device)
         check_recipe(recipe, self.ranks.size)
-        self.classes = find_classes(samples, recipe.data.train, recipe.class_names)
-        self.samples = self.classes.label(samples)
         self.tokenizer = load_tokenizer(recipe, self.device)
+        self.folder = self._open("latents")
+        self.classes = self._find_classes(samples)
+        self.samples = self.classes.label(samples)
         torch.manual_seed(recipe.seed)
         self.generator = make_generator(recipe, self.tokenizer, self.classes).to(self.device)
         self.network = self.generator.network.train()
@@ -111,6 +120,8 @@ class GenerationTask(Task[Batch | LatentBatch]):
         count = recipe.accumulation_steps
         if self.held is not None:
             yield from self._held_batches(self.held, start_step)
+        if self.folder is not None:
+            yield from self._stored_batches(self.folder, start_step)
         stream = training_batches(
             self.samples,
             recipe.data,
@@ -162,6 +173,11 @@ class GenerationTask(Task[Batch | LatentBatch]):
         generator = self._averaged()
         if self.ranks.is_main:
             generator.save(path, getattr(torch, self.recipe.storage_dtype), provenance)
+
+    def listing(self) -> dict[str, Any]:
+        if self.folder is None:
+            return super().listing()
+        return {"num_images": len(self.folder), "sha256": self.folder.digest}
 
     def check_invariants(self) -> None:
         """The tokenizer has no gradients, and is not exported."""
@@ -222,6 +238,17 @@ class GenerationTask(Task[Batch | LatentBatch]):
         latents = self.generator.normalize_latents(held.latents[chosen, flipped].float())
         return LatentBatch(latents, held.labels[chosen])
 
+    def _stored_batches(self, folder: LatentFolder, start_step: int) -> Iterator[list[Batch | LatentBatch]]:
+        recipe, count = self.recipe, self.recipe.accumulation_steps
+        flip = recipe.data.flip and folder.identity.flip
+        rows = stored_batches(recipe, folder.directory, flip, start_step * count, self.ranks)
+        while True:
+            yield [self._stored_batch(next(rows)) for _ in range(count)]
+
+    def _stored_batch(self, rows: LatentRows) -> LatentBatch:
+        latents = rows.latents.to(self.device, non_blocking=True).float()
+        return LatentBatch(self.generator.normalize_latents(latents), rows.labels.to(self.device))
+
     def _samples(self, micro_batch: int) -> range:
         recipe = self.recipe
         return share_of_step(recipe.batch_size, recipe.accumulation_steps, micro_batch, self.ranks)
@@ -270,21 +297,41 @@ class GenerationTask(Task[Batch | LatentBatch]):
         averaged.dtype = products_dtype(self.device, self.recipe.precision)
         return averaged
 
-    def _hold(self, flip: bool) -> HeldLatents:
+    def _open(self, field: str) -> LatentFolder | None:
+        """The folder that a field of ``data`` names, if it does."""
+        if getattr(self.recipe.data, field) is None:
+            return None
+        return open_latents(self.recipe, field, self.tokenizer)
+
+    def _find_classes(self, samples: Sequence[Sample]) -> Classes:
         recipe = self.recipe
-        dtype = getattr(torch, recipe.latents_dtype)
-        return hold_latents(
-            self.tokenizer, self.samples, recipe.latent, flip, dtype, progress=self.ranks.is_main
-        )
+        if self.folder is not None:
+            return stored_classes(self.folder, recipe.class_names)
+        return find_classes(samples, recipe.data.train, recipe.class_names)
+
+    def _hold(self, flip: bool) -> HeldLatents:
+        recipe, folder = self.recipe, self.folder
+        dtype, progress = getattr(torch, recipe.latents_dtype), self.ranks.is_main
+        if folder is not None:
+            flip = flip and folder.identity.flip
+            return hold_stored(folder, flip, dtype, self.device, progress=progress)
+        return hold_latents(self.tokenizer, self.samples, recipe.latent, flip, dtype, progress)
 
     def _hold_validation(self) -> HeldLatents:
-        recipe = self.recipe
-        listed = spread_samples(list_samples(recipe.data.validation, self.ranks), recipe.validation_images)
-        samples, dtype = self.classes.label(listed), getattr(torch, recipe.latents_dtype)
+        recipe, limit = self.recipe, self.recipe.validation_images
+        dtype = getattr(torch, recipe.latents_dtype)
+        if (folder := self._open("validation_latents")) is not None:
+            held = hold_stored(folder, False, dtype, self.device, limit, progress=False)
+            check_labels(held, self.classes)
+            return held
+        listed = spread_samples(list_samples(recipe.data.validation, self.ranks), limit)
+        samples = self.classes.label(listed)
         return hold_latents(self.tokenizer, samples, recipe.latent, False, dtype, progress=False)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         if self.recipe.statistics == "data":
+            if self.folder is not None:
+                return self.folder.statistics()
             if self.held is not None:
                 return self.held.statistics()
             return latent_statistics(self.tokenizer, self.samples)

@@ -21,8 +21,11 @@ def check_recipe(recipe: GeneratorRecipe, num_ranks: int) -> None:
         RecipeError: names the field.
     """
     check_batches(recipe, num_ranks)
-    if not recipe.data.validation:
-        raise RecipeError("field 'data.validation': the validation loss is computed on it, so it is required")
+    for images, latents in (("train", "latents"), ("validation", "validation_latents")):
+        if bool(getattr(recipe.data, images)) == (getattr(recipe.data, latents) is not None):
+            raise RecipeError(f"field 'data.{images}': name images there or a folder in data.{latents}")
+    if recipe.correction is not None and recipe.data.latents is not None:
+        raise RecipeError("field 'correction': stored latents are corrected already; train from images")
     named = [name for name in ("preset", "generator", "init") if getattr(recipe, name) is not None]
     if len(named) != 1:
         found = " and ".join(named) or "none"
@@ -48,7 +51,7 @@ def load_tokenizer(recipe: GeneratorRecipe, device: torch.device) -> Tokenizer:
             )
         if recipe.latent == "base" and tokenizer.fusion is not None:
             raise RecipeError("field 'statistics': the tokenizer's are of enriched latents: use 'data'")
-    elif recipe.latent == "base" and not recipe.hold_latents:
+    elif recipe.latent == "base" and not recipe.hold_latents and recipe.data.latents is None:
         raise RecipeError("field 'hold_latents': statistics of base latents are taken of those that are held")
     return tokenizer
 

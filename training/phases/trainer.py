@@ -62,6 +62,10 @@ class Task(ABC, Generic[BatchType]):
     samples: Sequence[Sample]
     """The listing of the recipe's ``data.train``."""
 
+    def listing(self) -> dict[str, Any]:
+        """Number and digest of the training images, by which a resumed run sees that they changed."""
+        return {"num_images": len(self.samples), "sha256": listing_sha256(self.samples)}
+
     @abstractmethod
     def batches(self, start_step: int) -> Iterator[list[BatchType]]:
         """This rank's share of the micro-batches of step ``start_step`` and of every step after it."""
@@ -146,7 +150,7 @@ class Trainer:
                 f"{self.output / STATE_FILE}: seen by some ranks only: the run directory must be on a disk "
                 "that all share"
             )
-        self.listing = {"num_images": len(self.task.samples), "sha256": listing_sha256(self.task.samples)}
+        self.listing = self.task.listing()
         self.saved_step = self._restore() if all(exists) else 0
         if self.ranks.is_main:
             self.output.mkdir(parents=True, exist_ok=True)

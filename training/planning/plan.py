@@ -23,7 +23,7 @@ from training.planning.checks import (
 )
 from training.planning.device import device_bytes, matrix_tflops
 from training.planning.footprint import Footprint, Operations, measure_footprint
-from training.planning.generators import generator_sizes
+from training.planning.generators import check_stored, generator_sizes
 from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, in_steps, load_recipe
 
@@ -122,8 +122,13 @@ def plan_phase(
         config = check_start(phase, reconstruction, findings)
         side = config.image_size if config else 256
     train = check_images("data.train", recipe.data, side, options.num_checked, findings)
-    recipe = in_steps(recipe, train.num_listed)
     validation = check_images("data.validation", recipe.data, side, options.num_checked, findings)
+    if isinstance(recipe, GeneratorRecipe):
+        if recipe.data.latents is not None:
+            train = check_stored(recipe, "latents", findings)
+        if recipe.data.validation_latents is not None:
+            validation = check_stored(recipe, "validation_latents", findings)
+    recipe = in_steps(recipe, train.num_listed)
     plan = Plan(phase, recipe, options.num_processes, train, validation, findings)
     device = check_recipe_fits(phase, recipe, options.num_processes, findings)
     if isinstance(recipe, PhaseRecipe) and config is not None:

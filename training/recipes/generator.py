@@ -1,5 +1,6 @@
 """Recipe of the generator's training (stage 2)."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -7,7 +8,19 @@ from pydantic import Field, field_validator
 from model.generator import GENERATOR_PRESETS, GeneratorConfig, TimeLaw
 from model.spelling import suggest
 from model.tokenizer import LatentKind
-from training.recipes.recipe import BaseRecipe, NonNegativeInt, PositiveInt
+from training.recipes.recipe import BaseRecipe, DataConfig, NonNegativeInt, PositiveInt
+
+
+class GeneratorData(DataConfig):
+    """Images, or folders of their latents (`drorae tokenize`), for training and validation."""
+
+    train: list[Path] = Field([], description="Folders or tar shards.")
+    latents: Path | None = Field(
+        None, description="Folder of latents to train on, instead of the images of train."
+    )
+    validation_latents: Path | None = Field(
+        None, description="Folder of latents, instead of the images of validation."
+    )
 
 
 class GeneratorRecipe(BaseRecipe):
@@ -17,6 +30,7 @@ class GeneratorRecipe(BaseRecipe):
     generators, which is fitted to the tokenizer's latents and the classes of the data.
     """
 
+    data: GeneratorData
     tokenizer: str = Field(description="Tokenizer checkpoint: a directory or preset.")
     latent: LatentKind = Field("enriched", description="Which of its latents are learned.")
     correction: Literal["incremental", "replace"] | None = Field(
@@ -29,10 +43,13 @@ class GeneratorRecipe(BaseRecipe):
         None, description="Names in the order of the labels; null: classes.txt beside the data, or folders."
     )
     statistics: Literal["tokenizer", "data"] = Field(
-        "tokenizer", description="Mean and variance of the latents: the tokenizer's own, or of data.train."
+        "tokenizer",
+        description="Mean and variance of the latents: the tokenizer's own, or of the data trained on.",
     )
     hold_latents: bool = Field(
-        False, description="Encode every image once, centre-cropped, and keep the latents on the device."
+        False,
+        description="Keep all latents on the device: read from data.latents, or of every image once, "
+        "centre-cropped.",
     )
     latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Of the latents that are held."
