@@ -5,8 +5,6 @@ from importlib.metadata import version
 
 from cli.commands import (
     analyze,
-    decode,
-    encode,
     evaluate,
     export,
     import_,
@@ -18,6 +16,7 @@ from cli.commands import (
     train,
 )
 from cli.commands.generators import generate, quality
+from cli.commands.latents import decode, encode, export_latents
 
 COMMANDS = (
     serve,
@@ -29,6 +28,7 @@ COMMANDS = (
     pull,
     import_,
     export,
+    export_latents,
     evaluate,
     quality,
     analyze,

@@ -41,12 +41,14 @@ ROOMS = {
         __main__ -> startup
     """,
     "training": """
-        run -> studies, planning -> phases -> latents -> evaluation -> data, losses
-        run, studies, planning, phases, latents, evaluation, data, losses -> distributed, recipes, output -> errors
+        run -> studies, planning -> phases -> latents/reading -> latents -> evaluation -> data, losses
+        run, studies, planning, phases, latents/reading -> distributed, recipes, output -> errors
+        latents, evaluation, data, losses -> distributed, recipes, output -> errors
     """,
     "cli": """
         main -> parser -> commands -> hub, photos -> files, options -> errors
         parser -> commands/generators -> remote, samples -> files, options -> errors
+        parser -> commands/latents -> photos, latents -> files, options -> errors
     """,
     "benchmarks": """
         serving -> faults -> fuzz -> probes -> harness
@@ -57,7 +59,7 @@ ROOMS = {
     """,
 }
 # Files of these rooms do not import one another.
-SEPARATE = {"cli/commands", "cli/commands/generators"}
+SEPARATE = {"cli/commands", "cli/commands/generators", "cli/commands/latents"}
 # Which packages and rooms may import a library that says something of its user.
 LIBRARIES = {
     "fastapi": "benchmarks",

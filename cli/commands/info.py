@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cli.errors import EXIT_OK, UsageError
 from cli.options import Subparsers, add_command, add_settings, read_settings
@@ -10,10 +11,14 @@ from model.checkpoints.tokenizers import CheckpointInfo
 from model.generator import Generator, find_generator
 from model.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from training.latents.manifest import Manifest
+
 EXAMPLES = """\
   drorae info
   drorae info runs/phase3/checkpoint
   drorae info --json | python -m json.tool
+  drorae info latents/                        the manifest of drorae tokenize's folder
 """
 MAX_VALUE_CHARS = 100
 PARTS = ("encoder", "fusion", "decoder", "statistics")  # the order of computation
@@ -25,12 +30,16 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "info",
         run,
-        "describe and verify a checkpoint",
-        "Read a checkpoint, verify every file and tensor of it, and describe it.",
+        "describe and verify a checkpoint, or describe a folder of latents",
+        "Read a checkpoint, verify every file and tensor of it, and describe it; or show what the manifest\n"
+        "of a folder of latents says. (`drorae tokenize --verify` verifies such a folder.)",
         EXAMPLES,
     )
     parser.add_argument(
-        "positional", nargs="?", metavar="CHECKPOINT", help="as --checkpoint: a directory or a bundled name"
+        "positional",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="as --checkpoint: a directory or a bundled name; or a folder of latents",
     )
     parser.add_argument("--json", action="store_true", help="everything, configuration included, as JSON")
     add_settings(parser, ("checkpoint",))
@@ -43,6 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("the checkpoint is named twice: as an argument and by --checkpoint")
         arguments.setting_checkpoint = arguments.positional
     source = read_settings(arguments).checkpoint
+    manifest = _find_manifest(Path(source))
+    if manifest is not None:
+        facts = manifest.model_dump(mode="json")
+        print(json.dumps(facts, indent=2) if arguments.json else format_table(describe_latents(manifest)))
+        return EXIT_OK
     generator_path = find_generator(source)
     if generator_path is not None:
         facts = describe_generator(Generator.load(generator_path))
@@ -58,6 +72,30 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(format_table(describe_table(tokenizer, tokenizer.checkpoint)))
     return EXIT_OK
+
+
+def _find_manifest(folder: Path) -> "Manifest | None":
+    """The manifest of a folder of latents, if that is what the folder is."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    from training.latents.manifest import read_manifest
+    from training.latents.store import FolderStore
+
+    return read_manifest(FolderStore(folder))
+
+
+def describe_latents(manifest: "Manifest") -> list[tuple[str, str]]:
+    """A folder of latents, as names and values."""
+    identity, totals = manifest.identity, manifest.totals
+    rows = [
+        ("latents", f"{totals.images:,} of {identity.model}" + ("" if manifest.complete else ", incomplete")),
+        ("broken images", f"{totals.broken:,}"),
+        ("files", f"{len(manifest.shards):,}, {totals.bytes / 2**20:,.1f} MiB"),
+        ("classes", f"{len(manifest.classes):,}" if manifest.classes else "not named"),
+    ]
+    rows += [(f"  {name}", _short(value)) for name, value in identity.model_dump(mode="json").items()]
+    rows += [(f"  input {record.name}", f"{record.images:,} images") for record in manifest.inputs]
+    return rows
 
 
 def describe_generator(generator: Generator) -> dict[str, Any]:

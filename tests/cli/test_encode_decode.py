@@ -210,9 +210,9 @@ def test_decoding_usage(refused, encode, photos, latents_file, checkpoint, tmp_p
     use = ("--checkpoint", checkpoint)
     several = tmp_path / "several.npy"
     encode(photos, "-o", several)
-    assert "holds 3 latents" in refused("decode", several, tmp_path / "out.png", *use)
+    assert "3 latents" in refused("decode", several, tmp_path / "out.png", *use)
     assert "nowhere.npy: No such file" in refused(
         "decode", tmp_path / "nowhere.npy", tmp_path / "out.png", *use
     )
-    assert "Is a directory" in refused("decode", tmp_path, tmp_path / "out.png", *use)
+    assert "manifest.json" in refused("decode", tmp_path, tmp_path / "out.png", *use)
     assert "a picture ends in one of" in refused("decode", latents_file, tmp_path / "out.gif", *use)

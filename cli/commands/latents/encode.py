@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cli import files
 from cli.errors import UsageError
+from cli.latents import NAMES_ENTRY
 from cli.options import MODEL_FIELDS, Subparsers, add_command, add_settings, read_settings
 from service.codecs.answers import Origin, latents_answer
 from service.codecs.media_types import NPY, SAFETENSORS
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         encoded.append(latents_BChw.float().cpu())
     latents_NChw = torch.cat(encoded)
     options = EncodeOptions(dtype=arguments.dtype, latent=arguments.latent, normalize=arguments.normalize)
-    keys = {"keys": json.dumps(names)} if has_several else None
+    keys = {NAMES_ENTRY: json.dumps(names)} if has_several else None
     answer = latents_answer(latents_NChw, media_type, options, Origin.of(tokenizer), keys)
     files.write_file(output, answer.content)
     skipped = f", {reader.num_broken} photos skipped" if reader.num_broken else ""

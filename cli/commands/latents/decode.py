@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cli import files
 from cli.errors import EXIT_OK, UsageError
-from cli.options import Subparsers, add_command, add_settings, read_settings
+from cli.latents import open_named
+from cli.options import Subparsers, add_command, add_settings, read_settings, whole_number
 from model.tokenizer import Tokenizer
 from service.codecs import tensors
 from service.codecs.media_types import JSON, NPY, SAFETENSORS
@@ -24,6 +25,8 @@ MEDIA_TYPES = {".safetensors": SAFETENSORS, ".npy": NPY, ".json": JSON}
 EXAMPLES = """\
   drorae decode latents.safetensors out.png
   drorae decode latents.npy pictures/            one numbered PNG each
+  drorae decode latents/ out.png --key n01440764/n01440764_10026
+  drorae decode latents/latents-000000.safetensors pictures/ --row 0 17
   curl --data-binary @photo.jpg http://127.0.0.1:8000/encode -o l.safetensors
   drorae decode l.safetensors out.jpg
 """
@@ -36,15 +39,16 @@ def add_parser(subparsers: Subparsers) -> None:
         "decode",
         run,
         "a file of latents to pictures",
-        "Decode latents of this checkpoint, [N, C, h, w] or [C, h, w]: a file of `drorae encode`, or the\n"
-        "service answered to /encode. Latents that say they are of another checkpoint are refused.",
+        "Decode latents of this checkpoint, [N, C, h, w] or [C, h, w]: a file of `drorae encode`, an answer\n"
+        "of the service to /encode, or some of a folder of `drorae tokenize` or of one of its files.\n"
+        "Latents that say they are of another checkpoint are refused.",
         EXAMPLES,
     )
     parser.add_argument(
         "latents",
         type=Path,
         metavar="LATENTS",
-        help="a .safetensors (tensor 'latents'), .npy or .json file; - for stdin",
+        help="a .safetensors (tensor 'latents'), .npy or .json file, or a folder of latents; - for stdin",
     )
     parser.add_argument(
         "output",
@@ -58,6 +62,11 @@ def add_parser(subparsers: Subparsers) -> None:
         default=None,
         help="whether the latents are normalised per position (default: as the file says, else not)",
     )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--row", type=whole_number, nargs="+", metavar="N", help="these latents alone, counted from 0"
+    )
+    chosen.add_argument("--key", nargs="+", metavar="NAME", help="the latents of these names alone")
     add_settings(parser, ("checkpoint", "device", "batch_size"))
 
 
@@ -73,13 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
         files.check_output_file(output, files.PICTURE_FORMATS)
     elif output.suffix and not output.exists():
         raise UsageError(f"{output}: a picture ends in one of {', '.join(files.PICTURE_FORMATS)}")
-    data = files.read_file(arguments.latents)
+    data = _read_chosen(arguments.latents, arguments.row, arguments.key)
     tokenizer = load_tokenizer(settings)
     batch = _read(arguments.latents, data, arguments.normalize, tokenizer)
     if is_picture and len(batch.latents) > 1:
-        raise UsageError(
-            f"{output}: the file holds {len(batch.latents)} latents, so the output must be a folder"
-        )
+        raise UsageError(f"{output}: there are {len(batch.latents)} latents, so the output must be a folder")
     targets = [output] if is_picture else _numbered(output, len(batch.latents))
     done = 0
     for paths in files.batches(targets, settings.batch_size, "decode"):
@@ -90,6 +97,24 @@ def run(arguments: argparse.Namespace) -> int:
     plural = "s" if done > 1 else ""
     files.say(f"{output}: {done} picture{plural} of {tokenizer.config.image_size} pixels", output)
     return EXIT_OK
+
+
+def _read_chosen(path: Path, rows: list[int] | None, keys: list[str] | None) -> bytes:
+    """A file of latents, as it is or with some of them alone."""
+    named = open_named(path)
+    if named is None:
+        if rows or keys:
+            raise UsageError(
+                f"{path}: --row and --key are for folders and files that hold names (of drorae tokenize or "
+                "encode)"
+            )
+        return files.read_file(path)
+    if rows is None and keys is None and path.is_dir():
+        raise UsageError(f"{path}: the folder has {named.count} latents: choose some by --row or --key")
+    chosen = [named.row_of(key) for key in keys] if keys else rows or range(named.count)
+    if outside := [row for row in chosen if row >= named.count]:
+        raise UsageError(f"{path}: --row {outside[0]}: there are {named.count} latents, counted from 0")
+    return named.take(chosen)
 
 
 def _read(path: Path, data: bytes, normalize: bool | None, tokenizer: Tokenizer) -> LatentBatch:

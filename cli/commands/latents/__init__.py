@@ -1,0 +1,1 @@
+"""Commands that make latents, or read them."""
