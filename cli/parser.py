@@ -16,13 +16,14 @@ from cli.commands import (
     train,
 )
 from cli.commands.generators import generate, quality
-from cli.commands.latents import decode, encode, export_latents
+from cli.commands.latents import decode, encode, export_latents, tokenize
 
 COMMANDS = (
     serve,
     reconstruct,
     encode,
     decode,
+    tokenize,
     generate,
     info,
     pull,
@@ -44,7 +45,7 @@ first steps:
   drorae serve                                the same over HTTP, on 127.0.0.1:8000
 
 exit status: 0 done, 1 the operation failed, 2 wrong arguments or unusable input,
-3 done, but for photos that could not be read (encode, reconstruct)
+3 done, but for photos that could not be read (encode, reconstruct, tokenize)
 """
 
 

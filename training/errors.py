@@ -9,6 +9,7 @@
     ├── LatentsError    a folder of latents of something else, a damaged one, or one that cannot be made
     ├── WeightsError    pretrained weights that a loss needs are absent
     ├── DivergenceError a loss that is no longer finite
+    ├── WorkerError     a process that encodes ended again and again
     └── RankError       another rank ended, or did not answer in time
 """
 
@@ -39,6 +40,10 @@ class WeightsError(TrainingError):
 
 class DivergenceError(TrainingError):
     """A non-finite loss; the message names the step and the term."""
+
+
+class WorkerError(TrainingError):
+    """A process that ended several times at the same work; the message says where."""
 
 
 class RankError(TrainingError):

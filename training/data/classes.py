@@ -69,14 +69,15 @@ def find_classes(
         raise DataError(
             f"{len(samples) - len(labelled)} of {len(samples)} images have no class (a .cls member each)"
         )
-    names = names or _read_names(paths)
+    names = names or read_class_names(paths)
     count = max(labelled) + 1
     if names and len(names) < count:
         raise DataError(f"labels go up to {count - 1}, and {len(names)} classes have names")
     return Classes(names, len(names) or count, by_folder=False)
 
 
-def _read_names(paths: Sequence[Path]) -> tuple[str, ...]:
+def read_class_names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Names by label, from the first ``classes.txt`` in or beside a path; empty where there is none."""
     for path in map(expand_path, paths):
         file = (path if path.is_dir() else path.parent) / NAMES_FILE
         if file.is_file():

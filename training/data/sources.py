@@ -25,7 +25,7 @@ from training.data.names import (
     printable,
     reason_to_leave_out,
 )
-from training.data.tars import list_members
+from training.data.tars import is_compressed, list_members
 from training.distributed.ranks import Ranks
 from training.errors import DataError
 
@@ -42,6 +42,8 @@ class Sample:
         offset, num_bytes: place in an uncompressed shard; None for a file of its own.
         data: the bytes, for members of compressed shards, which have no random access.
         label: class index, or None.
+        is_packed: whether ``offset`` counts in what a compressed shard unpacks to, as its bytes were not
+            kept.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Sample:
     num_bytes: int | None = None
     data: bytes | None = None
     label: int | None = None
+    is_packed: bool = False
 
     @property
     def file_name(self) -> str:
@@ -109,11 +112,12 @@ class Listing(Sequence[Sample]):
         return f"listed {len(self.samples)} images{left_out}"
 
 
-def list_images(paths: Sequence[Path]) -> Listing:
+def list_images(paths: Sequence[Path], keep_data: bool = True) -> Listing:
     """List every image of folders (recursively) and WebDataset tar shards, in a stable order.
 
     Args:
         paths: folders, ``.tar``, ``.tar.gz`` or ``.tgz`` files. A folder may itself hold shards.
+        keep_data: whether members of compressed shards come with their bytes.
 
     Raises:
         DataError: a path is missing or unreadable.
@@ -121,7 +125,7 @@ def list_images(paths: Sequence[Path]) -> Listing:
     left_out: Counter[str] = Counter()
     samples: list[Sample] = []
     for path in map(expand_path, paths):
-        found, ignored = _from_index(path) or _list_one(path)
+        found, ignored = _from_index(path) or _list_one(path, keep_data)
         samples += found
         left_out += ignored
     return Listing(samples, left_out)
@@ -184,41 +188,44 @@ def _from_index(path: Path) -> tuple[list[Sample], Counter[str]] | None:
     return samples, left_out
 
 
-def _list_one(path: Path) -> tuple[list[Sample], Counter[str]]:
+def _list_one(path: Path, keep_data: bool) -> tuple[list[Sample], Counter[str]]:
     """Images of a folder or tar, and what was left out; keeps its index up to date where there is one."""
     left_out: Counter[str] = Counter()
     places: list[Path] = []
     if path.is_dir():
-        samples = list(_list_folder(path, places, left_out))
+        samples = list(_list_folder(path, places, left_out, keep_data))
     elif path.is_file() and is_tar(path):
-        samples = _list_shard(path, places, left_out)
+        samples = _list_shard(path, places, left_out, keep_data)
     elif path.exists():
         raise DataError(f"{path} is neither a folder nor a tar shard")
     else:
         raise DataError(f"{path} does not exist")
-    if all(sample.data is None for sample in samples):
+    if all(sample.data is None and not sample.is_packed for sample in samples):
         rows = [(str(s.file.relative_to(path)), s.key, s.offset, s.num_bytes, s.label) for s in samples]
         write_index(path, places, rows, left_out)
     return samples, left_out
 
 
-def _list_folder(folder: Path, places: list[Path], left_out: Counter[str]) -> Iterator[Sample]:
+def _list_folder(
+    folder: Path, places: list[Path], left_out: Counter[str], keep_data: bool
+) -> Iterator[Sample]:
     files = sorted(_walk(folder, places, left_out))
     images = [file for file in files if not is_tar(file)]
     keys = dict(zip(images, _keys([str(file.relative_to(folder)) for file in images]), strict=True))
     for file in files:
         if is_tar(file):
-            yield from _list_shard(file, places, left_out)
+            yield from _list_shard(file, places, left_out, keep_data)
         else:
             yield Sample(keys[file], file)
 
 
-def _list_shard(file: Path, places: list[Path], left_out: Counter[str]) -> list[Sample]:
+def _list_shard(file: Path, places: list[Path], left_out: Counter[str], keep_data: bool) -> list[Sample]:
     places.append(file)
-    members = list_members(file, left_out)
+    members = list_members(file, left_out, keep_data)
+    is_packed = not keep_data and is_compressed(file)
     keys = _keys([member.name for member in members])
     return [
-        Sample(key, file, member.offset, member.num_bytes, member.data, member.label)
+        Sample(key, file, member.offset, member.num_bytes, member.data, member.label, is_packed)
         for key, member in zip(keys, members, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import posixpath
 import re
@@ -28,6 +29,10 @@ from training.data.names import (
 from training.errors import DataError
 
 LABEL_SUFFIX = ".cls"
+JSON_SUFFIX = ".json"
+_JSON_LABELS = ("label", "cls")
+_MAX_JSON_BYTES = 2**20
+_MAX_LABEL = 10**9
 _LABEL = re.compile(rb"\s*[0-9]{1,9}\s*")
 _MAX_LABEL_BYTES = 64
 _MAX_LINKS = 16
@@ -61,7 +66,7 @@ class Member:
     Attributes:
         name: as the shard writes it.
         offset, num_bytes: its place in the file, or in what a compressed file unpacks to.
-        data: its bytes, where the shard is compressed.
+        data: its bytes, where the shard is compressed and they are to be kept.
         label: class index, or None.
     """
 
@@ -125,7 +130,7 @@ class _Bounded:
         return data
 
 
-def list_members(file: Path, left_out: Counter[str]) -> list[Member]:
+def list_members(file: Path, left_out: Counter[str], keep_data: bool = True) -> list[Member]:
     """List the images of a shard, plain or compressed, as its first bytes say.
 
     A picture whose name has further dots belongs to the image without them, where there is one.
@@ -133,13 +138,15 @@ def list_members(file: Path, left_out: Counter[str]) -> list[Member]:
     Args:
         file: the shard.
         left_out: counts what is no image, by the reason.
+        keep_data: whether members of a compressed shard come with their bytes; without, they take as much
+            memory as others, and `open_unpacked` reads them.
 
     Raises:
         DataError: the shard is damaged, or a class is no number; names the shard.
     """
     try:
-        with _open_tar(file) as (shard, is_compressed):
-            contents = _read_contents(shard, is_compressed, left_out)
+        with _open_tar(file) as (shard, is_packed):
+            contents = _read_contents(shard, is_packed, keep_data, left_out)
     except DataError as exc:
         raise DataError(f"{file}: {exc}") from exc
     except _TAR_ERRORS as exc:
@@ -153,6 +160,11 @@ def list_members(file: Path, left_out: Counter[str]) -> list[Member]:
         else:
             members.append(Member(contents.names[name], *place, labels.get(_sample_name(name))))
     return members
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether a shard is compressed, as its first bytes say."""
+    return _opener(file) is not None
 
 
 def open_unpacked(file: Path) -> IO[bytes]:
@@ -188,7 +200,9 @@ def _open_tar(file: Path) -> Iterator[tuple[tarfile.TarFile, bool]]:
             yield shard, True
 
 
-def _read_contents(shard: tarfile.TarFile, is_compressed: bool, left_out: Counter[str]) -> _Contents:
+def _read_contents(
+    shard: tarfile.TarFile, is_packed: bool, keep_data: bool, left_out: Counter[str]
+) -> _Contents:
     contents = _Contents()
     for member in shard:
         if member.isdir():
@@ -198,8 +212,13 @@ def _read_contents(shard: tarfile.TarFile, is_compressed: bool, left_out: Counte
         if name.endswith(LABEL_SUFFIX) and member.isreg():
             contents.labels[name] = _read_label(shard, member)
             continue
-        if member.isreg() and not member.issparse() and (reason is None or not is_compressed):
-            data = _read_member(shard, member) if is_compressed else None
+        if name.endswith(JSON_SUFFIX) and member.isreg():
+            label = _read_json_label(shard, member)
+            if label is not None:
+                contents.labels[name] = label
+                continue
+        if member.isreg() and not member.issparse() and (reason is None or not is_packed):
+            data = _read_member(shard, member) if is_packed and keep_data else None
             contents.places[name] = (member.offset_data, member.size, data)
         elif member.islnk():
             contents.links[name] = posixpath.normpath(member.linkname)
@@ -239,7 +258,9 @@ def _sample_name(name: str) -> str:
 
 def _labels_of_samples(contents: _Contents) -> dict[str, int]:
     """Classes by sample; equal files of them may have become links to one."""
-    files = [*contents.labels, *(name for name in contents.links if name.endswith(LABEL_SUFFIX))]
+    suffixes = (LABEL_SUFFIX, JSON_SUFFIX)
+    files = [*contents.labels, *(name for name in contents.links if name.endswith(suffixes))]
+    files.sort(key=lambda name: name.endswith(LABEL_SUFFIX))  # a .cls goes over a .json
     targets = {_sample_name(name): _target(contents, name) for name in files}
     return {
         sample: contents.labels[target] for sample, target in targets.items() if target in contents.labels
@@ -253,6 +274,22 @@ def _target(contents: _Contents, name: str) -> str:
             break
         name = contents.links.get(name, name)
     return name
+
+
+def _read_json_label(shard: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
+    """The class that a sample's ``.json`` states as ``label`` or ``cls``; None where it states none."""
+    if member.size > _MAX_JSON_BYTES:
+        return None
+    try:
+        fields = json.loads(_read_member(shard, member))
+    except (ValueError, RecursionError):
+        return None
+    stated = [fields.get(name) for name in _JSON_LABELS] if isinstance(fields, dict) else []
+    label = next((value for value in stated if value is not None), None)
+    if label is not None and (type(label) is not int or not 0 <= label < _MAX_LABEL):
+        shown = printable(json.dumps(label)[:20])
+        raise DataError(f"{printable(member.name)} holds the label {shown}, and not the number of a class")
+    return label
 
 
 def _read_label(shard: tarfile.TarFile, member: tarfile.TarInfo) -> int:

@@ -94,9 +94,7 @@ class Manifest(FrozenConfig):
     version: Literal[1] = 1
     identity: Identity
     inputs: tuple[InputRecord, ...]
-    classes: tuple[str, ...] = Field(
-        description="Names by label; empty if nothing names them."
-    )
+    classes: tuple[str, ...] = Field(description="Names by label; empty if nothing names them.")
     complete: bool = Field(description="Whether every file is there.")
     totals: Totals = Totals()
     shards: tuple[ShardRecord, ...] = ()

@@ -70,15 +70,32 @@ class ShardInfo(FrozenConfig):
 
 
 def write_shard(store: Store, name: str, info: ShardInfo, tensors: Mapping[str, Tensor]) -> ShardRecord:
-    """Write a file of latents, whole or not at all; equal contents give equal bytes.
+    """Write a file of latents, whole or not at all, and a receipt; equal contents give equal bytes.
 
     Raises:
         OSError: as `Store.write`.
     """
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     data = save(whole, metadata={METADATA_KEY: info.model_dump_json()})
+    store.remove(receipt_name(name))  # of an earlier file
     store.write(name, data)
-    return _record(name, info, data)
+    record = _record(name, info, data)
+    store.write(receipt_name(name), record.model_dump_json().encode())
+    return record
+
+
+def receipt_name(name: str) -> str:
+    """Name of the file's receipt: its record, until the manifest of the finished job has them all."""
+    return f".{name}.receipt"
+
+
+def read_receipt(store: Store, name: str) -> ShardRecord | None:
+    """The receipt of a file; None where there is none, or a damaged one."""
+    data = store.read(receipt_name(name))
+    try:
+        return None if data is None else ShardRecord.model_validate_json(data)
+    except ValidationError:
+        return None
 
 
 def read_record(store: Store, name: str) -> ShardRecord:

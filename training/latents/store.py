@@ -5,6 +5,7 @@ storage, have the same methods.
 """
 
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -38,6 +39,12 @@ class Store(Protocol):
 
     def remove(self, name: str) -> None:
         """Delete a file that may be there."""
+
+    def free_bytes(self) -> int | None:
+        """Room that is left; None where nothing tells."""
+
+    def remove_remains(self) -> None:
+        """Delete what killed processes left in the making."""
 
 
 class FolderStore:
@@ -88,6 +95,10 @@ class FolderStore:
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        parent = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        return shutil.disk_usage(parent).free
 
     def remove_remains(self) -> None:
         """Delete what killed processes left in the making: of this machine, or older than an hour."""

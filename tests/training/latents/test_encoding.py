@@ -11,7 +11,7 @@ from tests.training.conftest import TINY, encode_png, make_image
 from training.errors import LatentsError
 from training.latents.encoding import decode_unit, encode_unit, latent_encoder
 from training.latents.manifest import Identity
-from training.latents.shards import read_header, read_record, read_tensors
+from training.latents.shards import read_header, read_receipt, read_record, read_tensors, receipt_name
 from training.latents.store import FolderStore
 from training.latents.units import Unit, UnitImage
 
@@ -64,7 +64,8 @@ def test_a_file_holds_the_images_that_can_be_read_and_names_the_others(unit, tok
     identity, store = make_identity(flip=True), FolderStore(tmp_path / "latents")
     record = encode(unit, tokenizer, identity, store)
     assert (record.name, record.n, record.broken) == ("latents-000003.safetensors", 6, 1)
-    assert store.names() == {record.name}
+    assert store.names() == {record.name, receipt_name(record.name)}
+    assert read_receipt(store, record.name) == record
     info = read_header(store, record.name).info
     assert info.keys == ("0", "1", "3", "4", "5", "6")
     assert [(broken.position, broken.key) for broken in info.broken] == [(102, "2")]
