@@ -152,6 +152,8 @@ class UnitLatents:
         self.broken |= batch.broken
         stop = batch.start + batch.num_images
         kept = [row for row in range(batch.num_images) if batch.start + row not in batch.broken]
+        if not kept:
+            return
         encoded = encode(batch.pixels.to(self.device, non_blocking=True))
         self.latents[batch.start : stop].copy_(encoded[: batch.num_images], non_blocking=True)
         is_whole = len(kept) == len(encoded)
