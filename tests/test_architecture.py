@@ -51,7 +51,7 @@ ROOMS = {
         parser -> commands/latents -> photos, latents -> files, options -> errors
     """,
     "benchmarks": """
-        serving -> faults -> fuzz -> probes -> harness
+        latents -> serving -> faults -> fuzz -> probes -> harness
         fusion, tokenizer, training -> cases -> harness
     """,
     "deploy": """

@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -55,7 +55,12 @@ class LocalEngine:
         self._context.set_forkserver_preload(["training.latents.lanes"])
         self._lanes: list[_Lane] = []
 
-    def run(self) -> Iterator[Event]:
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the lanes that run now."""
+        return [lane.process.pid for lane in self._lanes if lane.process.pid is not None]
+
+    def run(self) -> Generator[Event]:
         """Events of the lanes; what a lost attempt had encoded is taken back by negative numbers.
 
         Raises:

@@ -9,7 +9,7 @@ to 40, with ``mini`` on two cores).
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -93,7 +93,7 @@ Message = Ready | Ask | Encoded | Done | Failed
 def run_lane(config: LaneConfig, connection: Connection) -> None:
     """Encode units until there are no more; the body of the process."""
     ignore_signals(0)  # the command ends its lanes, and a lane ends with its command
-    pipe = _Pipe(connection)
+    pipe = Pipe(connection)
     try:
         device = torch.device(config.device)
         if device.type == "cpu":
@@ -129,7 +129,7 @@ def measure_batch(encode: Encode, identity: Identity, device: torch.device) -> f
     return time.perf_counter() - start
 
 
-def encode_all(config: LaneConfig, encode: Encode, pipe: "_Pipe") -> None:
+def encode_all(config: LaneConfig, encode: Encode, pipe: "Pipe") -> None:
     """Encode the units that the pipe gives.
 
     Raises:
@@ -137,31 +137,43 @@ def encode_all(config: LaneConfig, encode: Encode, pipe: "_Pipe") -> None:
         OSError: a file cannot be written.
     """
     device = torch.device(config.device)
-    tasks = _Tasks(config, pipe)
     writing: Future[None] | None = None
     work: UnitLatents | None = None
     with ThreadPoolExecutor(1, "writer") as writer:
-        for number, start, pixels, broken in iterate(_loader(config, tasks)):
-            batch = DecodedBatch(tasks.units[number], start, pixels, broken)
+        for batch in decoded_batches(config, pipe.ask):
             work = work or UnitLatents(batch.unit, config.identity, device)
             work.add(batch, encode)
-            pipe.send(Encoded(number, batch.num_images, len(broken)))
+            pipe.send(Encoded(batch.unit.number, batch.num_images, len(batch.broken)))
             if batch.is_last:
                 work.seal()
                 if writing is not None:
                     writing.result()  # its errors are raised here; no more than one file waits
                 writing = writer.submit(_write, work, config.store, pipe)
                 work = None
-                del tasks.units[number]
         if writing is not None:
             writing.result()
 
 
-def _write(work: UnitLatents, store: Store, pipe: "_Pipe") -> None:
+def decoded_batches(config: LaneConfig, ask: Callable[[], Unit | None]) -> Iterator[DecodedBatch]:
+    """The batches of unit after unit, decoded ahead by the lane's decoder processes, if it has some.
+
+    Args:
+        config: of the lane.
+        ask: gives the next unit; None: there are no more.
+    """
+    tasks = _Tasks(config, ask)
+    for number, start, pixels, broken in iterate(_loader(config, tasks)):
+        batch = DecodedBatch(tasks.units[number], start, pixels, broken)
+        if batch.is_last:
+            del tasks.units[number]
+        yield batch
+
+
+def _write(work: UnitLatents, store: Store, pipe: "Pipe") -> None:
     pipe.send(Done(work.unit.number, work.write(store)))
 
 
-class _Pipe:
+class Pipe:
     """The lane's end of the pipe; the thread that writes files reports as well."""
 
     def __init__(self, connection: Connection) -> None:
@@ -183,15 +195,15 @@ Task = tuple[Unit, int, list[bytes | str] | None]
 
 
 class _Tasks:
-    """Batches to decode, in order, for as long as the pipe gives units."""
+    """Batches to decode, in order, for as long as there are units."""
 
-    def __init__(self, config: LaneConfig, pipe: _Pipe) -> None:
+    def __init__(self, config: LaneConfig, ask: Callable[[], Unit | None]) -> None:
         self.size = config.identity.batch_size
-        self.pipe = pipe
+        self.ask = ask
         self.units: dict[int, Unit] = {}
 
     def __iter__(self) -> Iterator[Task]:
-        while (unit := self.pipe.ask()) is not None:
+        while (unit := self.ask()) is not None:
             self.units[unit.number] = unit
             # A compressed tar has no random access: it is read here, once, and not by every decoder.
             files = read_images(unit, 0, len(unit)) if unit.is_compressed else None
