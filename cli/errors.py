@@ -62,9 +62,9 @@ def _describe_lazily_imported(error: BaseException) -> tuple[int, str] | None:
         if isinstance(error, ServiceError):
             return (EXIT_USAGE if error.status < 500 or error.status == 503 else EXIT_FAILED), error.detail
     if root == "training":
-        from training.errors import DivergenceError, RankError, TrainingError, WorkerError
+        from training.errors import ClusterError, DivergenceError, RankError, TrainingError, WorkerError
 
         if isinstance(error, TrainingError):
-            has_failed = isinstance(error, DivergenceError | RankError | WorkerError)
+            has_failed = isinstance(error, ClusterError | DivergenceError | RankError | WorkerError)
             return (EXIT_FAILED if has_failed else EXIT_USAGE), str(error)
     return None

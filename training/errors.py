@@ -10,7 +10,8 @@
     ├── WeightsError    pretrained weights that a loss needs are absent
     ├── DivergenceError a loss that is no longer finite
     ├── WorkerError     a process that encodes ended again and again
-    └── RankError       another rank ended, or did not answer in time
+    ├── RankError       another rank ended, or did not answer in time
+    └── ClusterError    no Ray cluster, or machines that do not share what they must
 """
 
 
@@ -48,3 +49,7 @@ class WorkerError(TrainingError):
 
 class RankError(TrainingError):
     """Ranks that cannot go on together; the message says which one gave up, and why."""
+
+
+class ClusterError(TrainingError):
+    """A Ray cluster that cannot be used; the message names its address or its machine."""

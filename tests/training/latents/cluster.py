@@ -1,0 +1,27 @@
+"""A Ray cluster of this machine, as small as one can be."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+OBJECT_STORE_BYTES = 80 * 2**20
+
+
+@contextmanager
+def small_cluster(num_cpus: int = 2) -> Iterator[str]:
+    """A cluster that this process is connected to; its address. Tests are skipped where there is no Ray."""
+    ray = pytest.importorskip("ray", reason="needs the extra drorae[ray]")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(
+        "local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
