@@ -45,6 +45,7 @@ SLOW = (
     "training/data/test_workers.py",
     "training/distributed",
     "training/evaluation",
+    "training/latents/on_ray",
     "training/latents/test_tokenize.py",
     "training/phases/test_reconstruction.py",
     "training/planning",

@@ -100,7 +100,7 @@ def run_lane(config: LaneConfig, connection: Connection) -> None:
             torch.set_num_threads(1)
         encode = load_encoder(config)
         pipe.send(Ready(measure_batch(encode, config.identity, device)))
-        encode_all(config, encode, pipe)
+        encode_all(config, encode, pipe.ask, pipe.send)
     except Exception as exc:  # the process's boundary: the command tells users
         logging.getLogger(__name__).debug("a lane failed", exc_info=True)
         pipe.send(Failed(exc))
@@ -129,8 +129,16 @@ def measure_batch(encode: Encode, identity: Identity, device: torch.device) -> f
     return time.perf_counter() - start
 
 
-def encode_all(config: LaneConfig, encode: Encode, pipe: "Pipe") -> None:
-    """Encode the units that the pipe gives.
+def encode_all(
+    config: LaneConfig, encode: Encode, ask: Callable[[], Unit | None], send: Callable[[Message], None]
+) -> None:
+    """Encode unit after unit.
+
+    Args:
+        config: of the lane.
+        encode: the tokenizer's encoder.
+        ask: gives the next unit; None: there are no more.
+        send: takes reports, also those of the thread that writes files.
 
     Raises:
         LatentsError: a value does not fit the dtype.
@@ -140,15 +148,15 @@ def encode_all(config: LaneConfig, encode: Encode, pipe: "Pipe") -> None:
     writing: Future[None] | None = None
     work: UnitLatents | None = None
     with ThreadPoolExecutor(1, "writer") as writer:
-        for batch in decoded_batches(config, pipe.ask):
+        for batch in decoded_batches(config, ask):
             work = work or UnitLatents(batch.unit, config.identity, device)
             work.add(batch, encode)
-            pipe.send(Encoded(batch.unit.number, batch.num_images, len(batch.broken)))
+            send(Encoded(batch.unit.number, batch.num_images, len(batch.broken)))
             if batch.is_last:
                 work.seal()
                 if writing is not None:
                     writing.result()  # its errors are raised here; no more than one file waits
-                writing = writer.submit(_write, work, config.store, pipe)
+                writing = writer.submit(_write, work, config.store, send)
                 work = None
         if writing is not None:
             writing.result()
@@ -169,8 +177,8 @@ def decoded_batches(config: LaneConfig, ask: Callable[[], Unit | None]) -> Itera
         yield batch
 
 
-def _write(work: UnitLatents, store: Store, pipe: "Pipe") -> None:
-    pipe.send(Done(work.unit.number, work.write(store)))
+def _write(work: UnitLatents, store: Store, send: Callable[[Message], None]) -> None:
+    send(Done(work.unit.number, work.write(store)))
 
 
 class Pipe:

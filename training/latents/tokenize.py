@@ -4,7 +4,7 @@ import errno
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +87,15 @@ class TokenizeOptions:
         return self.devices[0] != "cpu"
 
 
-def tokenize_command(options: TokenizeOptions) -> int:
+MakeEngine = Callable[[TokenizeOptions, Job, Sequence[Unit]], Engine]
+
+
+def tokenize_command(options: TokenizeOptions, make_engine: MakeEngine | None = None) -> int:
     """Encode what is missing of a folder of latents.
+
+    Args:
+        options: of the command.
+        make_engine: gives the engine; None for that of this machine.
 
     Returns:
         Exit status: 0, or 3 where the folder lacks images that could not be read.
@@ -104,10 +111,11 @@ def tokenize_command(options: TokenizeOptions) -> int:
     index, count = options.part
     missing = [unit for unit in job.units[index::count] if unit.file_name not in finished]
     _say_size(job, plan, missing, finished)
-    engine = local_engine(options, job, [] if options.dry_run else missing)
+    engine = (make_engine or local_engine)(options, job, [] if options.dry_run else missing)
     if options.dry_run:
         ready = [event for event in engine.run() if isinstance(event, Ready)]
-        _say_time(ready[0], engine, job, missing)
+        if ready:
+            _say_time(ready[0], engine, job, missing)
         return EXIT_OK
     if missing:
         store.remove_remains()

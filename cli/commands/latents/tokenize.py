@@ -86,6 +86,18 @@ def _add_work_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="give up once more than N images could not be read (default 10000)",
     )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="encode on a Ray cluster: host:port, auto (this machine's), or local (one that is started here)",
+    )
+    group.add_argument(
+        "--hang-limit",
+        type=positive_int,
+        default=1800,
+        metavar="S",
+        help="with --ray: replace an actor that finishes nothing for S seconds (default 1800)",
+    )
     group.add_argument("--dry-run", action="store_true", help="print size, room and time, and write nothing")
 
 
@@ -110,25 +122,30 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             f"tokenize needs the package {exc.name!r}: pip install 'drorae[training]'"
         ) from exc
-    return tokenize_command(
-        TokenizeOptions(
-            data=arguments.data,
-            output=output,
-            checkpoint=settings.checkpoint,
-            devices=visible_devices(settings.device),
-            fusion=settings.fusion,
-            batch_size=arguments.batch_size,
-            latent=arguments.latent,
-            normalize=arguments.normalize,
-            dtype=arguments.dtype,
-            precision=arguments.precision,
-            fit=arguments.fit,
-            flip=arguments.flip,
-            part=arguments.shard,
-            num_workers=arguments.workers,
-            max_broken=arguments.max_broken,
-            verify=arguments.verify,
-            retry_broken=arguments.retry_broken,
-            dry_run=arguments.dry_run,
-        )
+    options = TokenizeOptions(
+        data=arguments.data,
+        output=output,
+        checkpoint=settings.checkpoint,
+        devices=visible_devices(settings.device),
+        fusion=settings.fusion,
+        batch_size=arguments.batch_size,
+        latent=arguments.latent,
+        normalize=arguments.normalize,
+        dtype=arguments.dtype,
+        precision=arguments.precision,
+        fit=arguments.fit,
+        flip=arguments.flip,
+        part=arguments.shard,
+        num_workers=arguments.workers,
+        max_broken=arguments.max_broken,
+        verify=arguments.verify,
+        retry_broken=arguments.retry_broken,
+        dry_run=arguments.dry_run,
     )
+    if arguments.ray is None:
+        return tokenize_command(options)
+    try:
+        from training.latents.on_ray.engine import ClusterOptions, tokenize_on_ray
+    except ModuleNotFoundError as exc:
+        raise CommandError(f"--ray needs the package {exc.name!r}: pip install 'drorae[ray]'") from exc
+    return tokenize_on_ray(options, ClusterOptions(arguments.ray, arguments.hang_limit))

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from training.errors import LatentsError
-from training.latents.object_store import ObjectStore
+from training.latents.storage.objects import ObjectStore
 from training.latents.store import FolderStore, Store
 
 

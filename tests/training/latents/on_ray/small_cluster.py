@@ -4,15 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
+import ray
 
 OBJECT_STORE_BYTES = 80 * 2**20
 
 
 @contextmanager
 def small_cluster(num_cpus: int = 2) -> Iterator[str]:
-    """A cluster that this process is connected to; its address. Tests are skipped where there is no Ray."""
-    ray = pytest.importorskip("ray", reason="needs the extra drorae[ray]")
+    """A cluster that this process is connected to; gives its address."""
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         "local",

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from training.errors import ClusterError
+from training.errors import ClusterError, WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class Team:
     """Actors that share a job.
 
     Attributes:
-        num_actors: None for one per GPU of the cluster, or where it has none, per CPU.
+        num_actors: each takes a CPU, and a GPU where the cluster has any.
         units_ahead: units that an actor has beside the one that it works on.
         limit_s: seconds in which an actor must get ready, and then finish one unit after another; one that
             does not ends itself.
     """
 
-    num_actors: int | None = None
+    num_actors: int
     units_ahead: int = 0
     limit_s: float = 1800.0
 
@@ -106,11 +106,18 @@ def connection(address: str) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (RayError, OSError, ValueError, RuntimeError) as exc:
-        raise ClusterError(f"no Ray cluster at {address}: {_first_line(exc)}") from exc
+        hint = "" if address == LOCAL else "; if it asks for a token, set RAY_AUTH_MODE=token here too"
+        raise ClusterError(f"no Ray cluster at {address}: {_first_line(exc)}{hint}") from exc
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_resources() -> tuple[int, int]:
+    """CPUs and GPUs of the cluster."""
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
 
 
 def _check_reachable(address: str) -> None:
@@ -136,7 +143,7 @@ def work_on_ray(
         team: the actors.
 
     Raises:
-        ClusterError: a unit, or getting ready, ended `MAX_ATTEMPTS` actors.
+        WorkerError: a unit, or getting ready, ended `MAX_ATTEMPTS` actors.
         Exception: ``build`` or a unit raised it.
     """
     job = _Job(build, units, team)
@@ -164,10 +171,8 @@ class _Job(Generic[Unit, Result]):
         self.waiting = deque(range(len(units)))
         self.calls: dict[Any, _Call] = {}
         self.attempts: Counter[int | None] = Counter()
-        resources = ray.cluster_resources()
-        num_gpus = int(resources.get("GPU", 0))
-        num_devices = num_gpus or max(1, int(resources.get("CPU", 1)))
-        self.num_actors = min(team.num_actors or num_devices, len(units))
+        _, num_gpus = cluster_resources()
+        self.num_actors = min(team.num_actors, len(units))
         self.actor_class: Any = ray.remote(_Actor).options(
             num_cpus=1, num_gpus=min(1, num_gpus), max_concurrency=1 + team.units_ahead
         )
@@ -221,7 +226,7 @@ class _Job(Generic[Unit, Result]):
         what = "getting ready" if units[0] is None else str(self.units[units[0]])
         self.attempts[units[0]] += 1
         if self.attempts[units[0]] >= MAX_ATTEMPTS:
-            raise ClusterError(
+            raise WorkerError(
                 f"{what}: ended {MAX_ATTEMPTS} actors, the last one so: {_first_line(exc)} The logs below "
                 "/tmp/ray/session_latest/logs on its machine have more."
             ) from exc

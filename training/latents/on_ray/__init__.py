@@ -1,0 +1,1 @@
+"""Tokenization by the machines of a Ray cluster (the extra ``drorae[ray]``)."""

@@ -1,0 +1,1 @@
+"""Data and latents in object storage, or wherever fsspec reaches."""
