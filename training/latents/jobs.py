@@ -8,14 +8,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from safetensors.torch import save
-
 from training.errors import DataError, LatentsError
 from training.evaluation.moments import PointwiseMoments
 from training.latents.manifest import (
     MANIFEST_FILE,
-    STATISTICS_FILE,
     Identity,
     InputRecord,
     Manifest,
@@ -23,7 +19,14 @@ from training.latents.manifest import (
     read_manifest,
     write_manifest,
 )
-from training.latents.shards import read_header, read_receipt, read_record, read_tensors, receipt_name
+from training.latents.shards import (
+    read_header,
+    read_receipt,
+    read_record,
+    read_tensors,
+    receipt_name,
+    write_statistics,
+)
 from training.latents.store import Store
 from training.latents.units import Unit
 
@@ -189,7 +192,7 @@ def _input_changes(manifest: Manifest, now: Sequence[InputRecord], retry_broken:
 
 
 def _write_statistics(job: Job, records: Sequence[ShardRecord]) -> None:
-    """Merge the moments of all files, in their order, into mean and variance per position and channel."""
+    """Merge the moments of all files, in their order."""
     total = PointwiseMoments(job.identity.shape)
     for record in records:
         names = [f"moments.{part}" for part in ("count", "mean", "second")]
@@ -201,14 +204,4 @@ def _write_statistics(job: Job, records: Sequence[ShardRecord]) -> None:
     if total.count == 0:
         num_images = sum(len(unit) for unit in job.units)
         raise DataError(f"none of the {num_images} images could be read")
-    mean, var = total.mean, total.variance
-    channel_mean = mean.mean(dim=(1, 2))
-    channel_var = (var + (mean - channel_mean[:, None, None]).square()).mean(dim=(1, 2))
-    found = {
-        "mean": mean.float(),
-        "var": var.float(),
-        "channel_mean": channel_mean.float(),
-        "channel_var": channel_var.float(),
-        "count": torch.tensor([total.count]),
-    }
-    job.store.write(STATISTICS_FILE, save(found))
+    write_statistics(job.store, total, job.identity.flip)

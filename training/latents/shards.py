@@ -9,9 +9,16 @@ Tensors of ``latents-000000.safetensors``, for n images that could be read:
 
 The metadata has one entry, ``drorae``: a `ShardInfo` as JSON. (safetensors writes several entries in a
 random order, so that equal files would differ.)
+
+``statistics.safetensors`` holds ``mean`` and ``var`` per position [C, h, w], ``channel_mean`` and
+``channel_var`` [C], and ``count`` [1]. A folder with mirror images also has ``latents_stats.pt``, where
+LightningDiT's loader looks for mean and standard deviation per channel. That loader takes every
+``*.safetensors`` file of a folder for latents and asks how many ``labels`` it has, so the statistics have
+none, [0].
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +26,19 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from model.config import FrozenConfig
 from training.errors import LatentsError
-from training.latents.manifest import Identity, ShardRecord
+from training.evaluation.moments import PointwiseMoments
+from training.latents.manifest import STATISTICS_FILE, Identity, ShardRecord
 from training.latents.store import Store
 from training.latents.units import Unit
 
 METADATA_KEY = "drorae"
+LIGHTNING_DIT_FILE = "latents_stats.pt"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 _DTYPES = {
@@ -189,3 +199,47 @@ def _record(name: str, info: ShardInfo, data: bytes) -> ShardRecord:
         sha256=hashlib.sha256(data).hexdigest(),
         broken=len(info.broken),
     )
+
+
+def write_statistics(store: Store, moments: PointwiseMoments, has_flips: bool) -> None:
+    """Write the files of statistics.
+
+    Raises:
+        OSError: as `Store.write`.
+    """
+    mean, var = moments.mean, moments.variance
+    channel_mean = mean.mean(dim=(1, 2))
+    channel_var = (var + (mean - channel_mean[:, None, None]).square()).mean(dim=(1, 2))
+    tensors = {
+        "mean": mean.float(),
+        "var": var.float(),
+        "channel_mean": channel_mean.float(),
+        "channel_var": channel_var.float(),
+        "count": torch.tensor([moments.count]),
+        "labels": torch.empty(0, dtype=torch.int64),
+    }
+    store.write(STATISTICS_FILE, save(tensors))
+    if has_flips:
+        store.write(LIGHTNING_DIT_FILE, _for_lightning_dit(channel_mean.float(), channel_var.float()))
+
+
+def read_statistics(store: Store) -> tuple[Tensor, Tensor]:
+    """Mean and variance per position, each [C, h, w] float32.
+
+    Raises:
+        LatentsError: the file is missing or damaged.
+    """
+    try:
+        tensors = load(store.read(STATISTICS_FILE) or b"")
+        return tensors["mean"], tensors["var"]
+    except (SafetensorError, KeyError) as exc:
+        raise LatentsError(
+            f"{store.path(STATISTICS_FILE)}: missing or damaged: give the command that made it once more"
+        ) from exc
+
+
+def _for_lightning_dit(channel_mean: Tensor, channel_var: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    values = {"mean": channel_mean, "std": channel_var.sqrt()}
+    torch.save({name: value[None, :, None, None] for name, value in values.items()}, buffer)
+    return buffer.getvalue()

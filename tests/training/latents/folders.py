@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from model.tokenizer import Tokenizer
 from tests.training.conftest import encode_png, make_image
 from training.evaluation.moments import PointwiseMoments
 from training.latents.encoding import decode_unit, encode_unit, latent_encoder
-from training.latents.manifest import STATISTICS_FILE, Identity, Manifest, write_manifest
-from training.latents.reading.export import lightning_dit_statistics
-from training.latents.shards import read_tensors
+from training.latents.manifest import Identity, Manifest, write_manifest
+from training.latents.shards import read_tensors, write_statistics
 from training.latents.store import FolderStore
 from training.latents.units import NO_LABEL, Unit, UnitImage
 
@@ -72,13 +70,7 @@ def make_latents(
         views = [name for name in ("latents", "latents_flip")[: 1 + identity.flip]]
         for latents in read_tensors(store, unit.file_name, views).values():
             moments.update(latents)
-    mean, var = moments.mean.float(), moments.variance.float()
-    statistics = {"mean": mean, "var": var}
-    channel_mean = mean.mean(dim=(1, 2))
-    channel_var = (var + (mean - channel_mean[:, None, None]).square()).mean(dim=(1, 2))
-    if identity.flip:
-        store.write("latents_stats.pt", lightning_dit_statistics(channel_mean, channel_var))
-    store.write(STATISTICS_FILE, save({**statistics, "labels": torch.empty(0, dtype=torch.int64)}))
+    write_statistics(store, moments, identity.flip)
     manifest = Manifest(identity=identity, inputs=(), classes=CLASSES if has_labels else (), complete=False)
     write_manifest(store, manifest.with_shards(records, complete=True))
     return directory

@@ -51,6 +51,7 @@ def test_the_folder_has_every_image_its_name_label_and_statistics(expected, opti
     assert set(expected) == {record.name for record in manifest.shards} | {
         "manifest.json",
         "statistics.safetensors",
+        "latents_stats.pt",
     }
     rows, latents = [], []
     for record in manifest.shards:
@@ -180,7 +181,7 @@ def test_retrying_takes_images_that_were_repaired(expected, options, data, tmp_p
         tokenize_command(options)
     assert tokenize_command(replace(options, retry_broken=True)) == 0
     changed = [name for name, digest in digests(options.output).items() if digest != expected[name]]
-    assert len(changed) == 3  # the file, the statistics and the manifest
+    assert len(changed) == 4  # the file, both files of statistics and the manifest
     fresh = replace(options, output=tmp_path / "fresh")
     assert tokenize_command(fresh) == 0
     assert digests(fresh.output) == digests(options.output)

@@ -72,17 +72,6 @@ def export_npy(folder: LatentFolder, output: Path, progress: Progress) -> None:
     _write_labels(folder, output / LABELS_FILE)
 
 
-def lightning_dit_statistics(channel_mean: Tensor, channel_var: Tensor) -> bytes:
-    """Contents of ``latents_stats.pt`` of mean and variance per channel, [C] each.
-
-    LightningDiT's loader looks for it in the folder, and takes it for mean and standard deviation.
-    """
-    std = channel_var.sqrt()
-    buffer = io.BytesIO()
-    torch.save({"mean": channel_mean[None, :, None, None], "std": std[None, :, None, None]}, buffer)
-    return buffer.getvalue()
-
-
 def _begin(folder: LatentFolder, output: Path, layout: str) -> None:
     """Claim the output for this export, or find that an export of the same folder began it."""
     source = {"layout": layout, "latents_sha256": folder.digest}

@@ -14,14 +14,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from training.errors import LatentsError
-from training.latents.manifest import MANIFEST_FILE, STATISTICS_FILE, Manifest, read_manifest
-from training.latents.shards import Header, Place, read_header, read_tensors
+from training.latents.manifest import MANIFEST_FILE, Manifest, read_manifest
+from training.latents.shards import Header, read_header, read_statistics, read_tensors
 from training.latents.store import FolderStore, Store
 
 VIEWS = ("latents", "latents_flip")
@@ -112,17 +111,19 @@ class LatentFolder:
             IndexError: there is no such row or view.
             LatentsError: a file is damaged.
         """
-        latents, labels, keys = [], [], []
-        for number in numbers:
+        latents = torch.empty(len(numbers), *self.identity.shape, dtype=self.identity.torch_dtype)
+        places = latents.view(torch.uint8).flatten(1).numpy()
+        labels, keys = [], []
+        for place, number in zip(places, numbers, strict=True):
             view, row = divmod(number, len(self))
             if not 0 <= view <= self.identity.flip:
                 raise IndexError(f"{self.directory}: row {number} of {len(self)}")
             number_of_shard = bisect.bisect_right(self._ends, row)
             shard, offset = self._open(number_of_shard), row - self.shard_ranges[number_of_shard].start
-            latents.append(self._latent(shard, VIEWS[view], offset))
+            place[:] = np.frombuffer(self._read(shard, VIEWS[view], offset, len(place)), np.uint8)
             labels.append(shard.labels[offset])
             keys.append(shard.header.info.keys[offset])
-        return LatentRows(torch.stack(latents), torch.tensor(labels), keys)
+        return LatentRows(latents, torch.tensor(labels), keys)
 
     def shard_views(self, shard: int) -> Tensor:
         """Everything of one file, [R, F, C, h, w].
@@ -164,11 +165,7 @@ class LatentFolder:
         Raises:
             LatentsError: the file of statistics is missing or damaged.
         """
-        try:
-            tensors = load(self.store.read(STATISTICS_FILE) or b"")
-            return tensors["mean"].float(), tensors["var"].float()
-        except (SafetensorError, KeyError) as exc:
-            raise LatentsError(f"{self.store.path(STATISTICS_FILE)}: missing or damaged: {_AGAIN}") from exc
+        return read_statistics(self.store)
 
     def _open_shard(self, shard: int) -> _Shard:
         name = self.manifest.shards[shard].name
@@ -177,15 +174,13 @@ class LatentFolder:
             raise LatentsError(f"{self.store.path(name)}: of another folder: {_AGAIN}, with --verify")
         return _Shard(name, header, read_tensors(self.store, name, ["labels"])["labels"].tolist())
 
-    def _latent(self, shard: _Shard, view: str, offset: int) -> Tensor:
-        """One row, [C, h, w], in memory of its own."""
-        place: Place = shard.header.places[view]
-        num_bytes = (place.stop - place.start) // place.shape[0]
-        start = place.start + offset * num_bytes
+    def _read(self, shard: _Shard, view: str, offset: int, num_bytes: int) -> bytes:
+        """The bytes of one row."""
+        start = shard.header.places[view].start + offset * num_bytes
         data = self.store.read(shard.name, start, start + num_bytes) or b""
         if len(data) != num_bytes:
             raise LatentsError(f"{self.store.path(shard.name)}: cut off while it was read")
-        return torch.frombuffer(bytearray(data), dtype=place.dtype).view(place.shape[1:])
+        return data
 
 
 def _complete_manifest(store: Store) -> Manifest:
