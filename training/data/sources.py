@@ -195,7 +195,8 @@ def _list_one(path: Path, keep_data: bool) -> tuple[list[Sample], Counter[str]]:
     if path.is_dir():
         samples = list(_list_folder(path, places, left_out, keep_data))
     elif path.is_file() and is_tar(path):
-        samples = _list_shard(path, places, left_out, keep_data)
+        places.append(path)
+        samples = list_shard(path, left_out, keep_data)
     elif path.exists():
         raise DataError(f"{path} is neither a folder nor a tar shard")
     else:
@@ -211,26 +212,27 @@ def _list_folder(
 ) -> Iterator[Sample]:
     files = sorted(_walk(folder, places, left_out))
     images = [file for file in files if not is_tar(file)]
-    keys = dict(zip(images, _keys([str(file.relative_to(folder)) for file in images]), strict=True))
+    keys = dict(zip(images, short_names([str(file.relative_to(folder)) for file in images]), strict=True))
     for file in files:
         if is_tar(file):
-            yield from _list_shard(file, places, left_out, keep_data)
+            places.append(file)
+            yield from list_shard(file, left_out, keep_data)
         else:
             yield Sample(keys[file], file)
 
 
-def _list_shard(file: Path, places: list[Path], left_out: Counter[str], keep_data: bool) -> list[Sample]:
-    places.append(file)
+def list_shard(file: Path, left_out: Counter[str], keep_data: bool) -> list[Sample]:
+    """The images of a tar, with keys that tell them apart; the rest as `list_members`."""
     members = list_members(file, left_out, keep_data)
     is_packed = not keep_data and is_compressed(file)
-    keys = _keys([member.name for member in members])
+    keys = short_names([member.name for member in members])
     return [
         Sample(key, file, member.offset, member.num_bytes, member.data, member.label, is_packed)
         for key, member in zip(keys, members, strict=True)
     ]
 
 
-def _keys(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Names without their suffixes, where that is enough to tell them apart."""
     stems = [os.path.splitext(name)[0] for name in names]
     uses = Counter(stems)

@@ -164,22 +164,30 @@ def list_members(file: Path, left_out: Counter[str], keep_data: bool = True) -> 
 
 def is_compressed(file: Path) -> bool:
     """Whether a shard is compressed, as its first bytes say."""
-    return _opener(file) is not None
+    with file.open("rb") as stream:
+        return _opener(stream) is not None
 
 
-def open_unpacked(file: Path) -> IO[bytes]:
+@contextmanager
+def open_unpacked(file: Path) -> Iterator[IO[bytes]]:
     """A compressed shard as the tar that it unpacks to; seeking back unpacks it from its beginning again.
 
     Raises:
         OSError: it cannot be read.
     """
-    opener = _opener(file)
-    return file.open("rb") if opener is None else opener(file)
-
-
-def _opener(file: Path) -> Callable[..., Any] | None:
     with file.open("rb") as stream:
-        start = stream.read(6)
+        opener = _opener(stream)
+        if opener is None:
+            yield stream
+            return
+        with opener(stream) as unpacked:
+            yield unpacked
+
+
+def _opener(stream: IO[bytes]) -> Callable[..., Any] | None:
+    """What unpacks a file, as its first bytes say; None where it is not compressed."""
+    start = stream.read(6)
+    stream.seek(0)
     return next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
@@ -188,16 +196,17 @@ def _open_tar(file: Path) -> Iterator[tuple[tarfile.TarFile, bool]]:
     """The opened shard, and whether it is compressed; such a one is read once from beginning to end."""
     # Zeros end a tar, and further tars may follow: cat joins shards.
     options: dict[str, Any] = {"tarinfo": _StrictTarInfo, "ignore_zeros": True}
-    opener = _opener(file)
-    if opener is None:
-        with tarfile.open(file, "r:", **options) as shard:
-            yield shard, False
-        return
-    limit = max(_MIN_UNPACKED_BYTES, _MAX_RATIO * file.stat().st_size)
-    with opener(file) as unpacked:
-        bounded: Any = _Bounded(unpacked, limit)
-        with tarfile.open(fileobj=bounded, mode="r|", **options) as shard:
-            yield shard, True
+    with file.open("rb") as stream:
+        opener = _opener(stream)
+        if opener is None:
+            with tarfile.open(fileobj=stream, mode="r:", **options) as shard:
+                yield shard, False
+            return
+        limit = max(_MIN_UNPACKED_BYTES, _MAX_RATIO * file.stat().st_size)
+        with opener(stream) as unpacked:
+            bounded: Any = _Bounded(unpacked, limit)
+            with tarfile.open(fileobj=bounded, mode="r|", **options) as shard:
+                yield shard, True
 
 
 def _read_contents(

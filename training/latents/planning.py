@@ -14,6 +14,8 @@ from training.data.names import is_tar, printable
 from training.data.sources import Sample, expand_path, list_images
 from training.errors import DataError
 from training.latents.manifest import InputRecord
+from training.latents.storage.inputs import list_remote
+from training.latents.storage.places import as_place, is_remote
 from training.latents.units import NO_LABEL, Unit, UnitImage
 
 MAX_UNIT_IMAGES = 1000
@@ -70,7 +72,8 @@ def plan_units(paths: Sequence[Path], image_bytes: int, batch_size: int) -> Plan
     """List the images and cut them into units.
 
     Args:
-        paths: folders, ``.tar``, ``.tar.gz`` and ``.tgz`` files, and lists (``.txt``, ``.tsv``).
+        paths: folders, ``.tar``, ``.tar.gz`` and ``.tgz`` files, and lists (``.txt``, ``.tsv``), or their
+            URLs, of `as_place`.
         image_bytes: of one image's latents.
         batch_size: images that are encoded at once.
 
@@ -82,13 +85,13 @@ def plan_units(paths: Sequence[Path], image_bytes: int, batch_size: int) -> Plan
     inputs: list[_Input] = []
     folders: list[_Input] = []
     for path, name in zip(paths, _names(paths), strict=True):
-        found = _list_input(expand_path(path), name, left_out)
+        found = _list_input(_expanded(path), name, left_out)
         inputs += found
         folders += [one for one in found if path.is_dir() and one.name == name]
     if not any(one.samples for one in inputs):
         shown = ", ".join(printable(str(path)) for path in paths)
         raise DataError(f"no images in {shown}; left out {left_out.total()}: {dict(left_out)}")
-    classes = _label_by_folder(folders, inputs, [expand_path(path) for path in paths])
+    classes = _label_by_folder(folders, inputs, [_expanded(path) for path in paths])
     total = sum(len(one.samples) for one in inputs)
     num_images = images_per_unit(total, image_bytes, batch_size)
     units: list[Unit] = []
@@ -103,9 +106,13 @@ def plan_units(paths: Sequence[Path], image_bytes: int, batch_size: int) -> Plan
     return Plan(units, num_images, tuple(records), classes, left_out)
 
 
+def _expanded(path: Path) -> Path:
+    return path if is_remote(path) else expand_path(path)
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     """What the inputs are called: their last part, where that tells them apart."""
-    for first, second in groupby(sorted(path.absolute() for path in paths)):
+    for first, second in groupby(sorted(str(path.absolute()) for path in paths)):
         if len(list(second)) > 1:
             raise DataError(f"{first} is given twice")
     last = [path.absolute().name for path in paths]
@@ -119,11 +126,15 @@ def _list_input(path: Path, name: str, left_out: Counter[str]) -> list[_Input]:
         return _list_file(path, name, left_out)
     if path.is_file() and not is_tar(path):
         raise DataError(f"{path} is neither a folder, a tar, nor a list ({', '.join(LIST_SUFFIXES)})")
-    listing = list_images([path], keep_data=False)
-    left_out += listing.left_out
+    if is_remote(path):
+        samples = list_remote(path, left_out)
+    else:
+        listing = list_images([path], keep_data=False)
+        samples = listing.samples
+        left_out += listing.left_out
     loose = _Input(name)
     tars: dict[Path, _Input] = {}
-    for sample in listing:
+    for sample in samples:
         if not sample.is_member:
             loose.samples.append(sample)
             continue
@@ -148,7 +159,7 @@ def _list_file(file: Path, name: str, left_out: Counter[str]) -> list[_Input]:
         if entry in first_lines:
             raise DataError(f"{place}: {printable(entry)} is there twice, first in line {first_lines[entry]}")
         first_lines[entry] = number
-        path = file.parent / entry
+        path = as_place(entry) if "://" in entry else file.parent / entry
         if is_tar(path):
             tars += _list_input(path, printable(entry), left_out)
         else:
@@ -205,7 +216,8 @@ def _label_by_folder(
 
 def _unit_image(sample: Sample) -> UnitImage:
     label = NO_LABEL if sample.label is None else sample.label
-    return UnitImage(sample.key, os.path.abspath(sample.file), sample.offset, sample.num_bytes, label)
+    path = str(sample.file) if is_remote(sample.file) else os.path.abspath(sample.file)
+    return UnitImage(sample.key, path, sample.offset, sample.num_bytes, label)
 
 
 def _record(name: str, images: Sequence[UnitImage]) -> InputRecord:
@@ -220,6 +232,6 @@ def _record(name: str, images: Sequence[UnitImage]) -> InputRecord:
 def _file_bytes(path: str) -> int:
     """Size of a file; one that is missing counts as empty, and will be recorded as broken."""
     try:
-        return os.stat(path).st_size
+        return as_place(path).stat().st_size
     except OSError:
         return 0

@@ -24,6 +24,8 @@ from training.latents.lanes import Done, Encoded, LaneConfig, Ready
 from training.latents.manifest import DtypeName, Identity, Manifest, ShardRecord, read_manifest
 from training.latents.planning import Plan, plan_units
 from training.latents.shards import read_header
+from training.latents.storage.objects import ObjectStore
+from training.latents.storage.places import is_remote
 from training.latents.store import FolderStore, Store
 from training.latents.units import Unit
 
@@ -56,6 +58,7 @@ class TokenizeOptions:
     """Options of ``drorae tokenize``; see its help.
 
     Attributes:
+        data, output: paths, or URLs of `as_place`.
         devices: one lane runs on each GPU, and several on a CPU.
         batch_size: None for what suits the device.
         precision: in which the tokenizer runs; ``auto`` is bfloat16 on a GPU.
@@ -103,7 +106,8 @@ def tokenize_command(options: TokenizeOptions, make_engine: MakeEngine | None = 
     Raises:
         TrainingError, model.errors.ModelError, OSError: one sentence that names what is at fault.
     """
-    store = FolderStore(options.output)
+    remote = is_remote(options.output)
+    store: Store = ObjectStore(str(options.output)) if remote else FolderStore(options.output)
     job, plan = make_job(options, store)
     finished = open_job(job, options.retry_broken)
     if options.verify:

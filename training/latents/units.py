@@ -7,12 +7,14 @@ processes, machines and attempts gives the same bytes.
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import IO, NamedTuple
 
 from training.data.tars import open_unpacked
+from training.latents.storage.inputs import Range, fetch
+from training.latents.storage.places import as_place
 
 NO_LABEL = -1
 
@@ -22,7 +24,7 @@ class UnitImage(NamedTuple):
 
     Attributes:
         key: the sample's name within its input, printable.
-        path: the image file, or the tar that holds it.
+        path: the image file, or the tar that holds it; or its URL.
         offset, num_bytes: place in the tar, or in what a compressed one unpacks to; None for a file.
         label: class index, -1 for none.
     """
@@ -74,10 +76,14 @@ def batch_starts(unit: Unit, batch_size: int) -> Sequence[int]:
 def read_images(unit: Unit, start: int, stop: int) -> Iterator[bytes | str]:
     """The files of a unit's images from ``start`` to ``stop``, or why one cannot be read.
 
-    A file is opened once for the images in a row that it holds.
+    A file is opened once for the images in a row that it holds. Images at URLs are fetched together.
     """
-    for path, images in groupby(unit.images[start:stop], key=lambda image: image.path):
-        waiting = list(images)
+    for _, group in groupby(unit.images[start:stop], key=_source):
+        waiting = list(group)
+        path = waiting[0].path
+        if "://" in path and not unit.is_compressed:
+            yield from fetch([_range(image) for image in waiting])
+            continue
         try:
             with open_input(path, unit.is_compressed) as stream:
                 while waiting:
@@ -90,13 +96,24 @@ def read_images(unit: Unit, start: int, stop: int) -> Iterator[bytes | str]:
             yield from (f"its tar is damaged: {exc}" for _ in waiting)
 
 
-def open_input(path: str, is_compressed: bool) -> IO[bytes]:
+def _source(image: UnitImage) -> str:
+    """A file's path, or a URL's protocol."""
+    protocol, is_url, _ = image.path.partition("://")
+    return protocol if is_url else image.path
+
+
+def open_input(path: str, is_compressed: bool) -> AbstractContextManager[IO[bytes]]:
     """A file to read, and to seek in; unpacked where it is a compressed tar.
 
     Raises:
         OSError: it cannot be read.
     """
-    return open_unpacked(Path(path)) if is_compressed else open(path, "rb")
+    return open_unpacked(as_place(path)) if is_compressed else open(path, "rb")
+
+
+def _range(image: UnitImage) -> Range:
+    start = image.offset or 0
+    return Range(image.path, image.offset, None if image.num_bytes is None else start + image.num_bytes)
 
 
 def _read_image(stream: IO[bytes], image: UnitImage) -> bytes:

@@ -1,7 +1,6 @@
 """``drorae tokenize``: a data set to a folder of latents."""
 
 import argparse
-from pathlib import Path
 
 from cli.errors import CommandError, UsageError
 from cli.files import add_image_options
@@ -36,9 +35,9 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers, "tokenize", run, "a data set to a folder of latents", DESCRIPTION, EXAMPLES
     )
     parser.add_argument(
-        "data", type=Path, nargs="+", metavar="DATA", help="folders, tars and lists of images"
+        "data", nargs="+", metavar="DATA", help="folders, tars and lists of images, or their URLs"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of latents")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of latents, or its URL")
     add_image_options(parser)
     parser.add_argument(
         "--normalize",
@@ -112,18 +111,19 @@ def part(text: str) -> tuple[int, int]:
 def run(arguments: argparse.Namespace) -> int:
     """Encode; 3 when some images could not be read."""
     settings = read_settings(arguments)
-    output: Path = arguments.output
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file, and a folder is to be written")
     try:
         from service.engine.devices import visible_devices
+        from training.latents.storage.places import as_place
         from training.latents.tokenize import TokenizeOptions, tokenize_command
     except ModuleNotFoundError as exc:
         raise CommandError(
             f"tokenize needs the package {exc.name!r}: pip install 'drorae[training]'"
         ) from exc
+    output = as_place(arguments.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file, and a folder is to be written")
     options = TokenizeOptions(
-        data=arguments.data,
+        data=[as_place(text) for text in arguments.data],
         output=output,
         checkpoint=settings.checkpoint,
         devices=visible_devices(settings.device),

@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from training.errors import LatentsError
+from training.errors import DataError
 from training.latents.storage.objects import ObjectStore
 from training.latents.store import FolderStore, Store
 
@@ -43,5 +43,17 @@ def test_what_is_not_there_is_none_and_can_be_removed(store):
 
 
 def test_a_place_that_cannot_be_reached_is_told_by_its_url():
-    with pytest.raises(LatentsError, match=r"nosuch://bucket/latents"):
+    with pytest.raises(DataError, match=r"nosuch://bucket/latents"):
         ObjectStore("nosuch://bucket/latents")
+
+
+def test_an_error_of_the_storage_names_the_object(monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no access key")  # as s3fs has it: neither number nor file
+
+    store = ObjectStore("memory://bucket/latents")
+    monkeypatch.setattr(store.fs, "pipe_file", refuse)
+    with pytest.raises(PermissionError) as caught:
+        store.write("a.bin", b"x")
+    assert caught.value.filename == "memory://bucket/latents/a.bin"
+    assert caught.value.strerror == "no access key"
