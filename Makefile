@@ -51,10 +51,10 @@ mini: $(VENV)/.dev  ## retrain the bundled checkpoint (DRORAE_DATA names the ima
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-$(VENV)/.runtime: requirements.lock pyproject.toml
+$(VENV)/.runtime: requirements.lock pyproject.toml client/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.lock
-	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps --no-build-isolation --editable . --editable client
 	touch $@
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime

@@ -31,6 +31,7 @@ SLOW = (
     "cli/test_fusion_paths.py",
     "cli/test_import_export.py",
     "cli/test_streams.py",
+    "client/test_many.py",
     "deploy/test_monitoring.py",
     "kernels/test_fused.py",
     "kernels/test_resources.py",

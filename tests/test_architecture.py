@@ -20,8 +20,11 @@ MAX_FOLDER_ENTRIES = 14
 PACKAGES = """
 cli -> service, training -> model -> kernels
 benchmarks -> service, training -> model -> kernels
+benchmarks -> drorae_client
 deploy
 """
+# Folders of packages that are not at the root: distributions of their own.
+HOMES = {"drorae_client": "client"}
 ROOMS = {
     "kernels": """
         resources, fused -> launches -> device_code
@@ -55,6 +58,10 @@ ROOMS = {
         latents -> serving -> faults -> fuzz -> probes -> harness
         fusion, tokenizer, training -> cases -> harness
     """,
+    "drorae_client": """
+        __main__ -> command -> client, async_client -> connections -> attempts -> wire -> errors
+        __init__ -> client, async_client -> many -> wire -> errors
+    """,
     "deploy": """
         check_config, checks
     """,
@@ -67,7 +74,7 @@ LIBRARIES = {
     "starlette": "service/app service/server service/api service/http benchmarks",
     "uvicorn": "service/server service/http benchmarks",
     "httptools": "service/http",
-    "httpx": "cli/remote benchmarks",
+    "httpx": "cli/remote drorae_client benchmarks",
     "opentelemetry": "service/telemetry",
     "prometheus_client": "service/telemetry service/api benchmarks",
     "huggingface_hub httpx2": "cli/hub",
@@ -125,7 +132,11 @@ def test_each_rule_sees_its_violation(tmp_path, files, violation):
 
 def violations(root: Path) -> Iterator[str]:
     """All violations below a folder that has the packages, each as one line."""
-    trees = {str(file.relative_to(root)): parse(file) for top in ROOMS for file in (root / top).rglob("*.py")}
+    trees = {
+        str(file.relative_to(home_of(top, root))): parse(file)
+        for top in ROOMS
+        for file in (home_of(top, root) / top).rglob("*.py")
+    }
     tests = {str(file.relative_to(root)): parse(file) for file in (root / "tests").rglob("*.py")}
     imports = {name: set(imported(tree)) for name, tree in trees.items()}
     graph = {
@@ -138,16 +149,21 @@ def violations(root: Path) -> Iterator[str]:
     yield from wrong_libraries(imports)
     for name, tree in trees.items():
         yield from bad_habits(name, tree)
-        num_lines = len((root / name).read_text(encoding="utf-8").splitlines())
+        num_lines = len((home_of(name, root) / name).read_text(encoding="utf-8").splitlines())
         if num_lines > MAX_FILE_LINES:
             yield f"{name}: {num_lines} lines"
     for name, tree in tests.items():
         yield from (line for line in bad_habits(name, tree) if "sys.path" in line)
     for folder in {Path(name).parent for name in trees}:
-        yield from crowded(root, folder)
+        yield from crowded(home_of(str(folder), root), folder)
     for folder in {Path(name).parent.relative_to("tests") for name in tests}:
         if not (root / folder).is_dir():
             yield f"tests/{folder}: mirrors no folder of the sources"
+
+
+def home_of(name: str, root: Path) -> Path:
+    """The folder that holds a file's package."""
+    return root / HOMES.get(package_of(name), "")
 
 
 def parse(file: Path) -> ast.Module:

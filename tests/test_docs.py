@@ -36,7 +36,7 @@ def read(page: str) -> str:
 def pages() -> list[str]:
     """Every page of the repository, relative to its root."""
     found = [*ROOT.glob("*.md")]
-    for folder in ("benchmarks", "deploy", "docs", "samples"):
+    for folder in ("benchmarks", "client", "deploy", "docs", "samples"):
         found += (ROOT / folder).rglob("*.md")
     return sorted(str(page.relative_to(ROOT)) for page in found)
 
@@ -80,7 +80,7 @@ def test_curl_examples(service: str, folder: Path, page: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [*SERVED, "docs/reference/python.md"])
+@pytest.mark.parametrize("page", [*SERVED, "docs/reference/python.md", "client/README.md"])
 def test_python_examples(service: str, folder: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.chdir(folder)
     examples = PYTHON.findall(read(page))

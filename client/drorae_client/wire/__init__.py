@@ -1,0 +1,1 @@
+"""What goes over the wire: what callers give, requests, answers, results."""
