@@ -25,6 +25,7 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FENCES = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINKS = re.compile(r"\]\(([^)\s]+)\)")
 TARGETS = re.compile(r"(?:^|`|DRORAE_DATA=\.\.\. )make ([a-z]+)", re.MULTILINE)
+CLIENT_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "client")}
 MAX_README_WORDS = 1200
 MAX_FOLDER_ENTRIES = 14
 
@@ -100,6 +101,44 @@ def test_commands_on_files(folder: Path, page: str, result: str) -> None:
     script = "\n".join(["set -e", *commands])
     subprocess.run(["bash", "-c", script], cwd=folder, env={**os.environ, "PATH": path}, check=True)
     assert (folder / result).exists()
+
+
+@pytest.mark.slow
+def test_the_clients_command_line(service: str, folder: Path) -> None:
+    lines = [line for block in COMMANDS.findall(read("client/README.md")) for line in block.splitlines()]
+    commands = [line.removeprefix("drorae-client ") for line in lines if line.startswith("drorae-client ")]
+    assert len(commands) == 4
+    for command in commands:
+        program = [sys.executable, "-m", "drorae_client", *command.split(), "--url", service]
+        subprocess.run(program, cwd=folder, env=CLIENT_ENVIRONMENT, check=True, timeout=120)
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        f"{photo.stem}.png" for photo in (folder / "samples").glob("*.jpg")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("numpy_folder.py", "samples latents.npy URL"),
+        ("torch_dataset.py", "samples URL"),
+        ("asyncio_pipeline.py", "--url URL samples/bridge.jpg samples/citrus.jpg"),
+        ("beside_diffusers.py", "samples/citrus.jpg URL"),
+    ],
+)
+def test_the_clients_examples(service: str, folder: Path, example: str, arguments: str) -> None:
+    command = [sys.executable, str(ROOT / "client/examples" / example), *arguments.split()]
+    command = [service if word == "URL" else word for word in command]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=CLIENT_ENVIRONMENT,
+        check=True,
+        timeout=120,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert "192" in done.stdout or ".jpg" in done.stdout or "True" in done.stdout
 
 
 def test_the_readme_is_short() -> None:
