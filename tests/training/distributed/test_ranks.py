@@ -23,6 +23,7 @@ from model.config import PRESETS
 from model.generator import Generator
 from model.tokenizer import Tokenizer
 from tests.training.conftest import LOG_ERROR, TINY, TINY_FUSION, in_float64, make_image
+from tests.training.latents.folders import make_latents
 from training.data.batches import random_crop, share_of_batch, training_batches
 from training.data.sources import list_samples
 from training.distributed.ranks import Ranks, current, process_group
@@ -161,6 +162,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     recipes = write_recipes(folder)
     main, phase0, generator = recipes["reconstruction"], recipes["phase0"], recipes["generator"]
     held = "hold_latents=true"
+    make_latents(Tokenizer.load(folder / "phase0"), folder / "latents", flip=True)
+    stored = [f"data.{name}={folder / 'latents'}" for name in ("latents", "validation_latents")]
+    stored += ["data.train=[]", "data.validation=[]", "generator.num_classes=3"]
     fsdp = "distributed.strategy=fsdp"
     alone = [
         Job("joint", main, "one-joint", [CLIP]),
@@ -169,6 +173,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job("joint", main, "from-one", [CLIP], fault="cut"),
         Job("generator", generator, "one-generator", ["accumulation_steps=2"]),
         Job("generator", generator, "one-generator-held", [held, "optimizer.clip_norm=0.1"]),
+        Job("generator", generator, "one-generator-stored", stored),
         Job("generator", generator, "generator-from-one", ["accumulation_steps=2"], fault="cut"),
     ]
     together = [
@@ -182,6 +187,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job("joint", main, "from-one", [CLIP, fsdp], resume=True),
         Job("generator", generator, "two-generator", ["accumulation_steps=2"]),
         Job("generator", generator, "two-generator-held", [held, "optimizer.clip_norm=0.1", fsdp]),
+        Job("generator", generator, "two-generator-stored", stored),
         Job("generator", generator, "generator-from-one", ["accumulation_steps=2", fsdp], resume=True),
         Job("joint", main, "from-two", [CLIP], fault="cut"),
         Job("joint", main, "from-two-fsdp", [CLIP, fsdp], fault="cut"),
@@ -222,6 +228,7 @@ EQUAL_RUNS = [
     ("one-generator", "two-generator"),
     ("one-generator", "generator-from-one"),
     ("one-generator-held", "two-generator-held"),
+    ("one-generator-stored", "two-generator-stored"),
     ("one-joint", "from-one"),
     ("one-joint", "from-two"),
     ("one-joint", "from-two-fsdp"),

@@ -74,15 +74,15 @@ def export_npy(folder: LatentFolder, output: Path, progress: Progress) -> None:
 
 def _begin(folder: LatentFolder, output: Path, layout: str) -> None:
     """Claim the output for this export, or find that an export of the same folder began it."""
-    source = {"layout": layout, "latents_sha256": folder.digest}
+    source = json.dumps({"layout": layout, "latents_sha256": folder.digest}).encode()
     file = output / SOURCE_FILE
     if file.exists():
-        if json.loads(file.read_text(encoding="utf-8")) != source:
+        if file.read_bytes() != source:
             raise LatentsError(f"{output}: holds an export of other latents or in another layout")
         return
     if output.exists() and any(output.iterdir()):
         raise LatentsError(f"{output}: the folder is not empty and no export: name a new one")
-    write_json(file, source)
+    write_atomically(file, source)
 
 
 def _tar(folder: LatentFolder, shard: int) -> bytes:

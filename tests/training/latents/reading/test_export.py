@@ -100,6 +100,9 @@ def test_an_output_of_something_else_is_refused(latents, tmp_path):
     for source, write in ((other, export_npy), (folder, export_webdataset)):
         with pytest.raises(LatentsError, match="out"):
             write(source, tmp_path / "out", ignore)
+    (tmp_path / "out" / "export.json").write_bytes(b"\xff")
+    with pytest.raises(LatentsError, match="out"):
+        export_npy(folder, tmp_path / "out", ignore)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(LatentsError, match="not empty"):
