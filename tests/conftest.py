@@ -47,6 +47,7 @@ SLOW = (
     "training/distributed",
     "training/evaluation",
     "training/latents/on_ray",
+    "training/latents/reading/test_datasets.py",
     "training/latents/storage/test_inputs.py",
     "training/latents/test_tokenize.py",
     "training/phases/test_reconstruction.py",
