@@ -42,7 +42,7 @@ SLOW = (
     "service/test_server.py",
     "service/test_start.py",
     "test_bundled.py",
-    "training/data/test_cache.py",
+    "training/data/crops",
     "training/data/test_workers.py",
     "training/distributed",
     "training/evaluation",

@@ -44,9 +44,10 @@ ROOMS = {
         __main__ -> startup
     """,
     "training": """
-        run -> studies, planning -> phases -> latents/reading -> latents -> evaluation -> data, losses
+        run -> studies, planning -> phases -> data/crops, latents/reading -> latents -> evaluation -> data
+        run, studies, planning, phases, evaluation -> losses
         latents/on_ray -> latents -> latents/storage -> data -> errors
-        run, studies, planning, phases, latents/reading -> distributed, recipes, output -> errors
+        run, studies, planning, phases, data/crops, latents/reading -> distributed, recipes, output -> errors
         latents, evaluation, data, losses -> distributed, recipes, output -> errors
     """,
     "cli": """

@@ -5,7 +5,6 @@
     TrainingError
     ├── RecipeError     a recipe file that cannot be read or asks for the impossible
     ├── DataError       no images, an unreadable folder or shard
-    ├── CacheError      a cache of other weights or images, a damaged one, or no room for it
     ├── LatentsError    a folder of latents of something else, a damaged one, or one that cannot be made
     ├── WeightsError    pretrained weights that a loss needs are absent
     ├── DivergenceError a loss that is no longer finite
@@ -25,10 +24,6 @@ class RecipeError(TrainingError, ValueError):
 
 class DataError(TrainingError, ValueError):
     """Images that cannot be used; the message names the folder, shard or member."""
-
-
-class CacheError(TrainingError):
-    """A cache of latents that cannot be used or made; the message names its folder or file."""
 
 
 class LatentsError(TrainingError):

@@ -52,7 +52,7 @@ def in_float64() -> Iterator[None]:
     try:
         with (
             patch.object(torch.Tensor, "float", torch.Tensor.double),
-            patch.dict("training.data.cache.DTYPES", {"float32": torch.float64}),
+            patch.dict("training.data.crops.cache.DTYPES", {"float32": torch.float64}),
         ):
             yield
     finally:

@@ -4,9 +4,12 @@ Any number of processes may work on one folder at a time, each on its own units 
 finish completes the folder: it merges the statistics and writes the table of files.
 """
 
+import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, ClassVar, Generic
 
 from training.errors import DataError, LatentsError
 from training.evaluation.moments import PointwiseMoments
@@ -14,13 +17,17 @@ from training.latents.manifest import (
     MANIFEST_FILE,
     Identity,
     InputRecord,
+    Kind,
     Manifest,
+    ManifestOf,
     ShardRecord,
-    read_manifest,
+    read_manifest_of,
     write_manifest,
 )
 from training.latents.shards import (
-    read_header,
+    ShardInfo,
+    ShardInfoOf,
+    read_info,
     read_receipt,
     read_record,
     read_tensors,
@@ -34,29 +41,46 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
-    """The units of a folder, and how to encode them.
+class JobOf(Generic[Kind]):
+    """The units of a folder, and what their files depend on.
 
     Attributes:
         store: the folder.
-        identity: what latents depend on.
+        identity: what files depend on.
         units: all of them.
         inputs, classes: of the manifest.
     """
 
+    manifest_class: ClassVar[type[ManifestOf[Any]]]
+    info_class: ClassVar[type[ShardInfoOf[Any]]]
+    setting: ClassVar[str]
+    """Names the folder, for messages."""
+    advice: ClassVar[str] = ""
+    """Of images whose sizes changed."""
     store: Store
-    identity: Identity
+    identity: Kind
     units: Sequence[Unit]
     inputs: tuple[InputRecord, ...]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     @property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> ManifestOf[Kind]:
         """The manifest at the beginning."""
-        return Manifest(identity=self.identity, inputs=self.inputs, classes=self.classes, complete=False)
+        return self.manifest_class(
+            identity=self.identity, inputs=self.inputs, classes=self.classes, complete=False
+        )
 
 
-def open_job(job: Job, retry_broken: bool = False) -> dict[str, ShardRecord]:
+class Job(JobOf[Identity]):
+    """A folder of latents."""
+
+    manifest_class = Manifest
+    info_class = ShardInfo
+    setting = "--output"
+    advice = " (where broken ones were repaired, add --retry-broken)"
+
+
+def open_job(job: JobOf[Kind], retry_broken: bool = False) -> dict[str, ShardRecord]:
     """Compare a folder with the job; gives the records of its finished files, by name. Writes nothing.
 
     A file that is cut off, or of something else, is not finished.
@@ -69,7 +93,7 @@ def open_job(job: Job, retry_broken: bool = False) -> dict[str, ShardRecord]:
     Raises:
         LatentsError: the folder is of another job, and says what differs, or of something else.
     """
-    manifest = read_manifest(job.store)
+    manifest = read_manifest_of(job.store, job.manifest_class)
     if manifest is None:
         if others := job.store.names():
             raise LatentsError(
@@ -87,7 +111,7 @@ def open_job(job: Job, retry_broken: bool = False) -> dict[str, ShardRecord]:
     return found
 
 
-def start_job(job: Job, finished: dict[str, ShardRecord]) -> None:
+def start_job(job: JobOf[Kind], finished: dict[str, ShardRecord]) -> None:
     """Write the manifest of a job that has something to do.
 
     Raises:
@@ -97,12 +121,12 @@ def start_job(job: Job, finished: dict[str, ShardRecord]) -> None:
     write_manifest(job.store, job.manifest.with_shards(records, complete=False))
 
 
-def verify(job: Job, finished: dict[str, ShardRecord]) -> dict[str, ShardRecord]:
+def verify(job: JobOf[Kind], finished: dict[str, ShardRecord]) -> dict[str, ShardRecord]:
     """The finished files whose contents are still those that were written; reads them all."""
     sound = {}
     for name, record in finished.items():
         try:
-            found = read_record(job.store, name)
+            found = read_record(job.store, name, job.info_class)
         except LatentsError as exc:
             logger.warning("%s", exc)
             continue
@@ -113,7 +137,7 @@ def verify(job: Job, finished: dict[str, ShardRecord]) -> dict[str, ShardRecord]
     return sound
 
 
-def complete_job(job: Job, finished: dict[str, ShardRecord]) -> Manifest | None:
+def complete_job(job: JobOf[Kind], finished: dict[str, ShardRecord]) -> ManifestOf[Kind] | None:
     """Complete the folder where all its files are there, else give None.
 
     Args:
@@ -130,16 +154,31 @@ def complete_job(job: Job, finished: dict[str, ShardRecord]) -> Manifest | None:
         if record is None:
             return None
         records.append(record)
-    _write_statistics(job, records)
     manifest = job.manifest.with_shards(records, complete=True)
-    write_manifest(job.store, manifest)
-    for record in records:
-        job.store.remove(receipt_name(record.name))
+    names = job.store.names()
+    if read_manifest_of(job.store, job.manifest_class) != manifest:
+        if isinstance(job.identity, Identity):
+            _write_statistics(job, job.identity.shape, records)
+        write_manifest(job.store, manifest)
+    for name in names & {receipt_name(record.name) for record in records}:
+        job.store.remove(name)
     job.store.remove_remains()
     return manifest
 
 
-def _record_of(job: Job, unit: Unit, known: ShardRecord | None) -> ShardRecord | None:
+@contextmanager
+def explaining_a_full_disk() -> Iterator[None]:
+    """Let the error of a full disk say what to do."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = f"{exc.strerror}: files that are there are whole; make room and give the command again"
+        raise OSError(exc.errno, reason, exc.filename) from exc
+
+
+def _record_of(job: JobOf[Kind], unit: Unit, known: ShardRecord | None) -> ShardRecord | None:
     """The record of a unit's file; None where it must be made (again)."""
     name = unit.file_name
     size = job.store.size(name)
@@ -147,32 +186,31 @@ def _record_of(job: Job, unit: Unit, known: ShardRecord | None) -> ShardRecord |
         return None
     record = read_receipt(job.store, name) or known
     try:
-        if not read_header(job.store, name).info.is_of(unit, job.identity):
+        if not read_info(job.store, name, job.info_class).is_of(unit, job.identity):
             raise LatentsError(f"{job.store.path(name)}: holds something else")
-        return record if record is not None and record.bytes == size else read_record(job.store, name)
+        return (
+            record
+            if record is not None and record.bytes == size
+            else read_record(job.store, name, job.info_class)
+        )
     except LatentsError as exc:
         logger.warning("%s: it is made again", exc)
         return None
 
 
-def _check_same(job: Job, manifest: Manifest, retry_broken: bool) -> None:
-    place = job.store.path("")
-    if changed := _input_changes(manifest, job.inputs, retry_broken):
-        raise LatentsError(
-            f"{place} was made from other data: {changed[0]}: give the same data, or name another --output"
-        )
+def _check_same(job: JobOf[Kind], manifest: ManifestOf[Kind], retry_broken: bool) -> None:
+    place, advice = job.store.path(""), f"give the same, or name another {job.setting}"
+    if changed := _input_changes(job, manifest, retry_broken):
+        raise LatentsError(f"{place} was made from other data: {changed[0]}: {advice}")
     if changed := manifest.identity.differences(job.identity):
-        raise LatentsError(
-            f"{place} was made with other settings ({', '.join(changed)}): give the same, or name another "
-            "--output"
-        )
+        raise LatentsError(f"{place} was made with other settings ({', '.join(changed)}): {advice}")
     if manifest.classes != job.classes:
-        raise LatentsError(f"{place} was made with other classes: give the same, or name another --output")
+        raise LatentsError(f"{place} was made with other classes: {advice}")
 
 
-def _input_changes(manifest: Manifest, now: Sequence[InputRecord], retry_broken: bool) -> list[str]:
+def _input_changes(job: JobOf[Kind], manifest: ManifestOf[Kind], retry_broken: bool) -> list[str]:
     before = {record.name: record for record in manifest.inputs}
-    after = {record.name: record for record in now}
+    after = {record.name: record for record in job.inputs}
     found = [f"{name} is no longer there" for name in before if name not in after]
     found += [f"{name} is new" for name in after if name not in before]
     for name in before.keys() & after.keys():
@@ -183,24 +221,19 @@ def _input_changes(manifest: Manifest, now: Sequence[InputRecord], retry_broken:
             found.append(f"{name} has other names or labels")
         elif one.num_bytes != other.num_bytes and not retry_broken:
             found.append(
-                f"the images of {name} had {one.num_bytes} bytes, and have {other.num_bytes} (where broken "
-                "ones were repaired, add --retry-broken)"
+                f"the images of {name} had {one.num_bytes} bytes, and have {other.num_bytes}{job.advice}"
             )
     if not found and list(before) != list(after):
         found.append("its inputs came in another order")
     return sorted(found)
 
 
-def _write_statistics(job: Job, records: Sequence[ShardRecord]) -> None:
+def _write_statistics(job: JobOf[Kind], shape: tuple[int, int, int], records: Sequence[ShardRecord]) -> None:
     """Merge the moments of all files, in their order."""
-    total = PointwiseMoments(job.identity.shape)
+    total = PointwiseMoments(shape)
     for record in records:
         names = [f"moments.{part}" for part in ("count", "mean", "second")]
-        total.merge(
-            PointwiseMoments(job.identity.shape).restore(
-                read_tensors(job.store, record.name, names), "moments"
-            )
-        )
+        total.merge(PointwiseMoments(shape).restore(read_tensors(job.store, record.name, names), "moments"))
     if total.count == 0:
         num_images = sum(len(unit) for unit in job.units)
         raise DataError(f"none of the {num_images} images could be read")

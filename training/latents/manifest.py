@@ -5,7 +5,7 @@ A folder holds ``manifest.json``, ``latents-000000.safetensors`` and so on, and 
 """
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -23,8 +23,21 @@ STATISTICS_FILE = "statistics.safetensors"
 DtypeName = Literal["float16", "bfloat16", "float32"]
 
 
-class Identity(FrozenConfig):
-    """Everything, besides the images, that the latents depend on."""
+class BaseIdentity(FrozenConfig):
+    """What files depend on, besides the images: of every kind of folder a class of its own."""
+
+    def differences(self, other: Self) -> list[str]:
+        """What ``other`` has otherwise, as phrases such as ``dtype is float16, not float32``."""
+        mine, others = self.model_dump(), other.model_dump()
+        return [
+            f"{name} is {_short(mine[name])}, not {_short(others[name])}"
+            for name in mine
+            if mine[name] != others[name]
+        ]
+
+
+class Identity(BaseIdentity):
+    """Everything, besides the images, that latents depend on."""
 
     model: str = Field(description="Name of the tokenizer.")
     checkpoint_sha256: str = Field(description="Of the checkpoint, as `drorae info` shows it.")
@@ -50,14 +63,8 @@ class Identity(FrozenConfig):
         channels, rows, columns = self.shape
         return (1 + self.flip) * channels * rows * columns * self.torch_dtype.itemsize
 
-    def differences(self, other: Self) -> list[str]:
-        """What ``other`` has otherwise, as phrases such as ``dtype is float16, not float32``."""
-        mine, others = self.model_dump(), other.model_dump()
-        return [
-            f"{name} is {_short(mine[name])}, not {_short(others[name])}"
-            for name in mine
-            if mine[name] != others[name]
-        ]
+
+Kind = TypeVar("Kind", bound=BaseIdentity)
 
 
 class InputRecord(FrozenConfig):
@@ -87,12 +94,12 @@ class Totals(FrozenConfig):
     bytes: int = 0
 
 
-class Manifest(FrozenConfig):
-    """Contents of ``manifest.json``."""
+class ManifestOf(FrozenConfig, Generic[Kind]):
+    """Contents of ``manifest.json``, by the kind of identity."""
 
     format: Literal["drorae-latents"] = "drorae-latents"
     version: Literal[1] = 1
-    identity: Identity
+    identity: Kind
     inputs: tuple[InputRecord, ...]
     classes: tuple[str, ...] = Field(description="Names by label; empty if nothing names them.")
     complete: bool = Field(description="Whether every file is there.")
@@ -109,17 +116,33 @@ class Manifest(FrozenConfig):
         return self.model_copy(update={"shards": tuple(shards), "totals": totals, "complete": complete})
 
 
+class Manifest(ManifestOf[Identity]):
+    """Contents of ``manifest.json`` of a folder of latents."""
+
+
+AnyManifest = TypeVar("AnyManifest", bound=ManifestOf[Any])
+
+
 def read_manifest(store: Store) -> Manifest | None:
-    """A folder's manifest; None where there is none.
+    """The manifest of a folder of latents; None where there is none.
 
     Raises:
         LatentsError: it cannot be read, or is of something else.
+    """
+    return read_manifest_of(store, Manifest)
+
+
+def read_manifest_of(store: Store, kind: type[AnyManifest]) -> AnyManifest | None:
+    """A folder's manifest, of any kind; None where there is none.
+
+    Raises:
+        LatentsError: as `read_manifest`.
     """
     data = store.read(MANIFEST_FILE)
     if data is None:
         return None
     try:
-        return Manifest.model_validate_json(data)
+        return kind.model_validate_json(data)
     except ValidationError as exc:
         error = exc.errors()[0]
         field = ".".join(str(step) for step in error["loc"]) or "(root)"
@@ -128,7 +151,7 @@ def read_manifest(store: Store) -> Manifest | None:
         ) from exc
 
 
-def write_manifest(store: Store, manifest: Manifest) -> None:
+def write_manifest(store: Store, manifest: ManifestOf[Any]) -> None:
     """Write a folder's manifest, whole or not at all.
 
     Raises:

@@ -97,17 +97,33 @@ def plan_units(paths: Sequence[Path], image_bytes: int, batch_size: int) -> Plan
     units: list[Unit] = []
     records = []
     for one in inputs:
-        images = [_unit_image(sample) for sample in one.samples]
+        images = [unit_image(sample) for sample in one.samples]
         is_packed = any(sample.is_packed for sample in one.samples)
-        records.append(_record(one.name, images))
-        for start in range(0, len(images), num_images):
-            part = tuple(images[start : start + num_images])
-            units.append(Unit(len(units), one.name, start, part, is_packed))
+        records.append(input_record(one.name, images))
+        units += cut_units(one.name, images, num_images, len(units), is_packed)
     return Plan(units, num_images, tuple(records), classes, left_out)
 
 
 def _expanded(path: Path) -> Path:
     return path if is_remote(path) else expand_path(path)
+
+
+def cut_units(
+    name: str, images: Sequence[UnitImage], num_images: int, first: int = 0, is_compressed: bool = False
+) -> list[Unit]:
+    """Cut an input into units.
+
+    Args:
+        name: of the input.
+        images: all of it.
+        num_images: of a unit at most.
+        first: number of the first unit.
+        is_compressed: whether the images' tar must be unpacked from its beginning.
+    """
+    return [
+        Unit(first + number, name, start, tuple(images[start : start + num_images]), is_compressed)
+        for number, start in enumerate(range(0, len(images), num_images))
+    ]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -214,13 +230,15 @@ def _label_by_folder(
     return read_class_names(paths)
 
 
-def _unit_image(sample: Sample) -> UnitImage:
+def unit_image(sample: Sample) -> UnitImage:
+    """A listed image as a unit has it."""
     label = NO_LABEL if sample.label is None else sample.label
     path = str(sample.file) if is_remote(sample.file) else os.path.abspath(sample.file)
     return UnitImage(sample.key, path, sample.offset, sample.num_bytes, label)
 
 
-def _record(name: str, images: Sequence[UnitImage]) -> InputRecord:
+def input_record(name: str, images: Sequence[UnitImage]) -> InputRecord:
+    """What the manifest says of an input."""
     digest = hashlib.sha256()
     num_bytes = 0
     for image in images:

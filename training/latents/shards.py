@@ -22,7 +22,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -33,7 +33,7 @@ from torch import Tensor
 from model.config import FrozenConfig
 from training.errors import LatentsError
 from training.evaluation.moments import PointwiseMoments
-from training.latents.manifest import STATISTICS_FILE, Identity, ShardRecord
+from training.latents.manifest import STATISTICS_FILE, BaseIdentity, Identity, Kind, ShardRecord
 from training.latents.store import Store
 from training.latents.units import Unit
 
@@ -59,18 +59,18 @@ class BrokenImage(FrozenConfig):
     reason: str
 
 
-class ShardInfo(FrozenConfig):
-    """Metadata of a file of latents."""
+class ShardInfoOf(FrozenConfig, Generic[Kind]):
+    """Metadata of a file, by the kind of identity."""
 
     format: Literal["drorae-latents"] = "drorae-latents"
     version: Literal[1] = 1
-    identity: Identity
+    identity: Kind
     input: str = Field(description="Name of the folder, tar or list that the images come from.")
     start: int = Field(ge=0, description="Position of the unit's first image within the input.")
     keys: tuple[str, ...] = Field(description="Names of the rows' images.")
     broken: tuple[BrokenImage, ...] = ()
 
-    def is_of(self, unit: Unit, identity: Identity) -> bool:
+    def is_of(self, unit: Unit, identity: BaseIdentity) -> bool:
         """Whether this is the file that the unit gives."""
         all_keys = list(self.keys)
         for image in self.broken:  # ascending, so each finds its place among those before it
@@ -79,7 +79,16 @@ class ShardInfo(FrozenConfig):
         return found == (identity, unit.input, unit.start, unit.keys)
 
 
-def write_shard(store: Store, name: str, info: ShardInfo, tensors: Mapping[str, Tensor]) -> ShardRecord:
+class ShardInfo(ShardInfoOf[Identity]):
+    """Metadata of a file of latents."""
+
+
+AnyInfo = TypeVar("AnyInfo", bound=ShardInfoOf[Any])
+
+
+def write_shard(
+    store: Store, name: str, info: ShardInfoOf[Any], tensors: Mapping[str, Tensor]
+) -> ShardRecord:
     """Write a file of latents, whole or not at all, and a receipt; equal contents give equal bytes.
 
     Raises:
@@ -108,14 +117,13 @@ def read_receipt(store: Store, name: str) -> ShardRecord | None:
         return None
 
 
-def read_record(store: Store, name: str) -> ShardRecord:
+def read_record(store: Store, name: str, kind: type[ShardInfoOf[Any]] = ShardInfo) -> ShardRecord:
     """The record of a file that is there; reads all of it.
 
     Raises:
         LatentsError: it is missing, cut off or something else.
     """
-    header = read_header(store, name)
-    return _record(name, header.info, store.read(name) or b"")
+    return _record(name, read_info(store, name, kind), store.read(name) or b"")
 
 
 def read_tensors(store: Store, name: str, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -124,12 +132,12 @@ def read_tensors(store: Store, name: str, keys: Sequence[str]) -> dict[str, Tens
     Raises:
         LatentsError: the file is missing, cut off or something else, or lacks one of them.
     """
-    header = read_header(store, name)
+    _, places = _read_header(store, name)
     found = {}
     for key in keys:
-        if key not in header.places:
+        if key not in places:
             raise LatentsError(f"{store.path(name)}: has no tensor {key!r}")
-        place = header.places[key]
+        place = places[key]
         data = bytearray(store.read(name, place.start, place.stop) or b"")
         found[key] = torch.frombuffer(data, dtype=place.dtype).reshape(place.shape) if data else place.empty()
     return found
@@ -158,11 +166,33 @@ class Header:
 
 
 def read_header(store: Store, name: str) -> Header:
-    """A file's header, and whether the file has the length that it states; reads nothing else.
+    """The header of a file of latents, and whether it has the length that it states; reads nothing else.
 
     Raises:
         LatentsError: it is missing, cut off or something else.
     """
+    metadata, places = _read_header(store, name)
+    return Header(_parse_info(store, name, metadata, ShardInfo), places)
+
+
+def read_info(store: Store, name: str, kind: type[AnyInfo]) -> AnyInfo:
+    """What a file of any kind says of itself.
+
+    Raises:
+        LatentsError: as `read_header`.
+    """
+    return _parse_info(store, name, _read_header(store, name)[0], kind)
+
+
+def _parse_info(store: Store, name: str, metadata: str, kind: type[AnyInfo]) -> AnyInfo:
+    try:
+        return kind.model_validate_json(metadata)
+    except ValidationError as exc:
+        raise LatentsError(f"{store.path(name)}: no file of latents: {exc.errors()[0]['msg']}") from exc
+
+
+def _read_header(store: Store, name: str) -> tuple[str, dict[str, Place]]:
+    """Our entry of a file's metadata, and where its tensors are."""
     size = store.size(name)
     if size is None:
         raise LatentsError(f"{store.path(name)}: there is no such file")
@@ -172,16 +202,14 @@ def read_header(store: Store, name: str) -> Header:
         if num_bytes > min(size, _MAX_HEADER_BYTES):
             raise ValueError("its header is longer than the file")
         fields = json.loads(store.read(name, _LENGTH_BYTES, base) or b"")
-        info = ShardInfo.model_validate_json(fields.pop("__metadata__")[METADATA_KEY])
+        metadata = str(fields.pop("__metadata__")[METADATA_KEY])
         places = {key: _place(entry, base) for key, entry in fields.items()}
-    except ValidationError as exc:
-        raise LatentsError(f"{store.path(name)}: no file of latents: {exc.errors()[0]['msg']}") from exc
     except (ValueError, LookupError, TypeError, AttributeError) as exc:
         raise LatentsError(f"{store.path(name)}: no file of latents, or a damaged one ({exc})") from exc
     end = max((place.stop for place in places.values()), default=base)
     if end != size:
         raise LatentsError(f"{store.path(name)}: has {size} bytes, and its header says {end}")
-    return Header(info, places)
+    return metadata, places
 
 
 def _place(entry: dict[str, Any], base: int) -> Place:
@@ -191,7 +219,7 @@ def _place(entry: dict[str, Any], base: int) -> Place:
     )
 
 
-def _record(name: str, info: ShardInfo, data: bytes) -> ShardRecord:
+def _record(name: str, info: ShardInfoOf[Any], data: bytes) -> ShardRecord:
     return ShardRecord(
         name=name,
         n=len(info.keys),

@@ -1,11 +1,9 @@
 """``drorae tokenize``: a data set to a folder of latents."""
 
-import errno
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,9 +17,9 @@ from model.process import num_cpus
 from model.tokenizer import LatentKind
 from training.errors import LatentsError
 from training.latents.engine import Event, LocalEngine
-from training.latents.jobs import Job, complete_job, open_job, start_job, verify
+from training.latents.jobs import Job, complete_job, explaining_a_full_disk, open_job, start_job, verify
 from training.latents.lanes import Done, Encoded, LaneConfig, Ready
-from training.latents.manifest import DtypeName, Identity, Manifest, ShardRecord, read_manifest
+from training.latents.manifest import DtypeName, Identity, ManifestOf, ShardRecord
 from training.latents.planning import Plan, plan_units
 from training.latents.shards import read_header
 from training.latents.storage.objects import ObjectStore
@@ -124,12 +122,9 @@ def tokenize_command(options: TokenizeOptions, make_engine: MakeEngine | None = 
     if missing:
         store.remove_remains()
         start_job(job, finished)
-        with _explaining_a_full_disk():
+        with explaining_a_full_disk():
             finished |= _encode(engine, job, missing, options.max_broken)
-    manifest = read_manifest(store)
-    if missing or manifest is None or not manifest.complete:
-        manifest = complete_job(job, finished)
-    return _say_result(job, plan, manifest, options)
+    return _say_result(job, plan, complete_job(job, finished), options)
 
 
 def make_job(options: TokenizeOptions, store: Store) -> tuple[Job, Plan]:
@@ -248,7 +243,7 @@ def _say_time(ready: Ready, engine: Engine, job: Job, units: Sequence[Unit]) -> 
     _say(f"encoding takes about {shown} at {rate:,.0f} images/s, if decoding keeps up")
 
 
-def _say_result(job: Job, plan: Plan, manifest: Manifest | None, options: TokenizeOptions) -> int:
+def _say_result(job: Job, plan: Plan, manifest: ManifestOf[Identity] | None, options: TokenizeOptions) -> int:
     place = job.store.path("")
     if manifest is None:
         there = sum(job.store.size(unit.file_name) is not None for unit in job.units)
@@ -267,7 +262,7 @@ def _say_result(job: Job, plan: Plan, manifest: Manifest | None, options: Tokeni
     return EXIT_SOME_BROKEN
 
 
-def _broken_lines(store: Store, manifest: Manifest) -> Iterator[str]:
+def _broken_lines(store: Store, manifest: ManifestOf[Identity]) -> Iterator[str]:
     """The first broken images; the files name all of them."""
     shown = 0
     for record in manifest.shards:
@@ -301,14 +296,3 @@ def _check_normalizable(opened: OpenedCheckpoint, options: TokenizeOptions) -> N
         raise LatentsError(f"checkpoint {opened.config.name!r} has no latent statistics to normalise with")
     if options.latent == "base" and opened.config.fusion is not None:
         raise LatentsError("the statistics describe enriched latents: --normalize is not offered for base")
-
-
-@contextmanager
-def _explaining_a_full_disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        reason = f"{exc.strerror}: files that are there are whole; make room and give the command again"
-        raise OSError(exc.errno, reason, exc.filename) from exc

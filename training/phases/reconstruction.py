@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from model.tokenizer import Tokenizer
 from training.data.batches import Batch, random_crop, share_of_step, training_batches
-from training.data.cache import KINDS, StateCache, cache_spec
-from training.data.frozen_states import open_or_build_cache, tokens_from_states
+from training.data.crops.cache import KINDS, StateCache, cache_spec
+from training.data.crops.frozen_states import open_or_build_cache, tokens_from_states
 from training.data.randomness import Purpose, StepRandomness
 from training.data.sources import Listing, Sample, list_samples
 from training.distributed.device import autocast, resolve_device

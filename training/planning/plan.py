@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model.config import TokenizerConfig
-from training.data.cache import cache_spec
+from training.data.crops.cache import cache_spec
 from training.errors import RecipeError
 from training.phases.reconstruction import TRAINED_PARTS
 from training.planning.checks import (

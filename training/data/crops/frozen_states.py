@@ -1,16 +1,12 @@
-"""Fills a cache of latents or hidden states, shard by shard; a killed build goes on where it was.
+"""Fills a cache of latents or hidden states, file by file; a killed build goes on where it was.
 
 Shape legend: B batch, K crops an image, L layers (1 for latents), N tokens, C width.
 """
 
-import errno
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,28 +17,24 @@ from tqdm import tqdm
 from model.images.tensors import to_byte_tensor
 from model.tokenizer import Tokenizer
 from training.data.batches import decode_image, fixed_crop, random_crop
-from training.data.cache import (
+from training.data.crops.cache import (
     DTYPES,
-    MANIFEST_FILE,
     CacheKind,
-    CacheManifest,
     CacheSpec,
+    CropInfo,
+    CropJob,
     StateCache,
-    check_manifest,
+    cache_job,
     checksum,
-    is_whole_shard,
-    make_key,
-    read_manifest,
-    shard_file,
-    shard_images,
 )
-from training.data.shards import write_shard
 from training.data.sources import Sample
 from training.data.workers import ignore_signals, iterate
 from training.distributed.device import autocast
 from training.distributed.ranks import Ranks
-from training.errors import CacheError, DataError
-from training.output.files import write_atomically
+from training.errors import DataError, LatentsError
+from training.latents.jobs import complete_job, explaining_a_full_disk, open_job, start_job
+from training.latents.shards import BrokenImage, write_shard
+from training.latents.units import Unit
 from training.recipes.recipe import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -75,26 +67,20 @@ def open_or_build_cache(
         ranks: those that share the work.
 
     Raises:
-        CacheError: the folder holds another cache, there is no room, or a value exceeds the dtype.
+        LatentsError: the folder holds another cache, there is no room, or a value exceeds the dtype.
+        OSError: a file cannot be written.
     """
-    key = make_key(
-        spec,
-        _weights_sha256(tokenizer, frozen_sha256, spec.kind),
-        samples,
-        data,
-        seed,
-        _resolved(precision, tokenizer.device),
-    )
+    weights_sha256 = _weights_sha256(tokenizer, frozen_sha256, spec.kind)
+    job = cache_job(spec, weights_sha256, samples, data, seed, _resolved(precision, tokenizer.device))
     # The main rank looks, and says what is missing: while the others look, it may already be filling.
-    manifest = CacheManifest(key=key, images_per_shard=spec.images_per_shard)
-    missing: list[int] = []
-    if ranks.is_main:
-        manifest, missing = _prepare(spec, manifest)
-    manifest, missing = ranks.broadcast_object((manifest, missing))
+    missing = ranks.on_main(lambda: _prepare(spec, job))
     if missing:
         crops = CropDataset(samples, data, tokenizer.config.image_size, seed, spec.crops_per_image)
-        _fill(tokenizer, spec, manifest, missing, crops, precision, ranks)
+        with explaining_a_full_disk():
+            _fill(tokenizer, spec, job, missing, crops, precision, ranks)
     ranks.barrier()
+    manifest = ranks.on_main(lambda: complete_job(job, open_job(job)))
+    assert manifest is not None, "every rank has filled its share"
     return StateCache(spec.directory, manifest)
 
 
@@ -115,8 +101,8 @@ def tokens_from_states(tokenizer: Tokenizer, kind: CacheKind, states: Tensor) ->
     return tokenizer.fusion(list(states.unbind(dim=1)))
 
 
-class CropDataset(Dataset[tuple[Tensor, bool]]):
-    """Every crop of every image, by entry: [3, S, S] uint8, and whether the image could be decoded."""
+class CropDataset(Dataset[tuple[Tensor, str]]):
+    """Every crop of every image, by entry: [3, S, S] uint8, and why the image could not be decoded, or ""."""
 
     def __init__(
         self, samples: Sequence[Sample], data: DataConfig, side: int, seed: int, crops_per_image: int
@@ -128,82 +114,82 @@ class CropDataset(Dataset[tuple[Tensor, bool]]):
         self.crops_per_image = crops_per_image
         self.num_workers = data.num_workers
 
-    def __getitem__(self, entry: int) -> tuple[Tensor, bool]:
+    def __getitem__(self, entry: int) -> tuple[Tensor, str]:
         index, variant = divmod(entry, self.crops_per_image)
         sample = self.samples[index]
         try:
             image = decode_image(sample.read())
         except (DataError, OSError) as exc:
             logger.warning("not cached: %s in %s: %s", sample.key, sample.file, exc)
-            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), False
-        return to_byte_tensor(fixed_crop(image, self.transform, self.seed, index, variant)), True
+            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), str(exc) or type(exc).__name__
+        return to_byte_tensor(fixed_crop(image, self.transform, self.seed, index, variant)), ""
 
 
-def _prepare(spec: CacheSpec, wanted: CacheManifest) -> tuple[CacheManifest, list[int]]:
-    """The folder's manifest, made where there is none, and the shards that are missing and have room."""
-    manifest = read_manifest(spec.directory) or wanted
-    check_manifest(spec.directory, manifest, wanted.key)
-    missing = [n for n in range(manifest.num_shards) if not is_whole_shard(spec.directory, manifest, n)]
+def _prepare(spec: CacheSpec, job: CropJob) -> list[Unit]:
+    """The units that are missing and have room."""
+    finished = open_job(job)
+    missing = [unit for unit in job.units if unit.file_name not in finished]
     if not missing:
-        return manifest, missing
-    num_images = sum(len(shard_images(manifest, number)) for number in missing)
-    directory = spec.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise CacheError(f"field 'cache.directory': {directory} cannot be made: {exc.strerror}") from exc
-    needed, free = spec.num_bytes(num_images), shutil.disk_usage(directory).free
-    if needed > free:
-        raise CacheError(
-            f"field 'cache.directory': {directory} has {free / 2**30:,.1f} GiB free and the cache needs "
+        return missing
+    num_images = sum(len(unit) for unit in missing)
+    needed, free = spec.num_bytes(num_images), job.store.free_bytes()
+    if free is not None and needed > free:
+        raise LatentsError(
+            f"field 'cache.directory': {spec.directory} has {free / 2**30:,.1f} GiB free and the cache needs "
             f"{needed / 2**30:,.1f} more ({num_images} images x {spec.crops_per_image} crops x "
             f"{spec.entry_bytes / 2**20:.2f} MiB): use fewer crops, a smaller dtype or another folder"
         )
-    if not (directory / MANIFEST_FILE).exists():
-        with _saying_what_is_full(directory):
-            write_atomically(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-    return manifest, missing
+    job.store.remove_remains()
+    start_job(job, finished)
+    return missing
 
 
 def _fill(
     tokenizer: Tokenizer,
     spec: CacheSpec,
-    manifest: CacheManifest,
-    missing: Sequence[int],
+    job: CropJob,
+    missing: Sequence[Unit],
     crops: CropDataset,
     precision: str,
     ranks: Ranks,
 ) -> None:
-    """Fill this rank's share of the missing shards."""
-    numbers = ranks.shard(missing)
-    total = sum(len(shard_images(manifest, number)) for number in numbers) * spec.crops_per_image
+    """Fill this rank's share of the missing files."""
+    mine = ranks.shard(missing)
+    total = sum(len(unit) for unit in mine) * spec.crops_per_image
     logger.info("caching %d crops under %s", total, spec.directory)
     with tqdm(
         total=total, desc=f"cache {spec.kind}", unit="crop", dynamic_ncols=True, disable=not ranks.is_main
     ) as bar:
-        for number in numbers:
-            tensors = _encode(tokenizer, spec, shard_images(manifest, number), crops, precision, bar)
-            file = shard_file(spec.directory, number)
-            with _saying_what_is_full(spec.directory):
-                write_shard(file, tensors, {"key": manifest.digest})
+        for unit in mine:
+            tensors, broken = _encode(tokenizer, spec, unit, crops, precision, bar)
+            info = CropInfo(
+                identity=job.identity,
+                input=unit.input,
+                start=unit.start,
+                keys=tuple(key for index, key in enumerate(unit.keys) if index not in broken),
+                broken=tuple(
+                    BrokenImage(position=unit.start + index, key=unit.keys[index], reason=reason)
+                    for index, reason in broken.items()
+                ),
+            )
+            write_shard(job.store, unit.file_name, info, tensors)
 
 
 @torch.no_grad()
 def _encode(
     tokenizer: Tokenizer,
     spec: CacheSpec,
-    images: range,
+    unit: Unit,
     crops: CropDataset,
     precision: str,
     bar: "tqdm[Any]",
-) -> dict[str, Tensor]:
-    """One shard's tensors."""
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """One file's tensors, and why images of it could not be read, by their index in the unit."""
     count = spec.crops_per_image
-    entries = range(images.start * count, images.stop * count)
-    crop_shape = (3, spec.image_size, spec.image_size)
-    stored = torch.zeros(len(entries), *crop_shape, dtype=torch.uint8)
+    entries = range(unit.start * count, (unit.start + len(unit)) * count)
+    stored = torch.zeros(len(entries), 3, spec.image_size, spec.image_size, dtype=torch.uint8)
     states = torch.zeros(len(entries), *spec.shape, dtype=DTYPES[spec.dtype])
-    is_valid = torch.zeros(len(entries), dtype=torch.uint8)
+    reasons: list[str] = []
     loader = DataLoader(
         crops,
         batch_size=BATCH_SIZE,
@@ -211,25 +197,24 @@ def _encode(
         num_workers=crops.num_workers,
         worker_init_fn=ignore_signals,
     )
-    done = 0
-    for pixels, valid in iterate(loader):
+    for pixels, why in iterate(loader):
         with autocast(tokenizer.device, precision):
             found = frozen_states(tokenizer, spec.kind, pixels.to(tokenizer.device).float() / 255)
-        place = slice(done, done + len(pixels))
+        place = slice(len(reasons), len(reasons) + len(pixels))
         states[place] = found.to(states.dtype).cpu()
         stored[place] = pixels
-        is_valid[place] = valid
-        if not torch.isfinite(states[place][valid]).all():
-            raise CacheError(f"field 'cache.dtype': {spec.dtype} does not hold these values; use bfloat16")
-        done += len(pixels)
+        if not torch.isfinite(states[place][[not reason for reason in why]]).all():
+            raise LatentsError(f"field 'cache.dtype': {spec.dtype} does not hold these values; use bfloat16")
+        reasons += why
         bar.update(len(pixels))
     sums = [checksum(*entry) for entry in zip(stored, states, strict=True)]
-    return {
+    tensors = {
         "pixels": stored,
         "states": states,
         "crc32": torch.tensor(sums, dtype=torch.int64),
-        "is_valid": is_valid,
+        "is_valid": torch.tensor([not reason for reason in reasons], dtype=torch.uint8),
     }
+    return tensors, {entry // count: reason for entry, reason in enumerate(reasons) if reason}
 
 
 def _weights_sha256(tokenizer: Tokenizer, frozen_sha256: Mapping[str, str], kind: CacheKind) -> str:
@@ -250,15 +235,3 @@ def _resolved(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bfloat16" if device.type == "cuda" else "float32"
-
-
-@contextmanager
-def _saying_what_is_full(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CacheError(
-            f"no space left under {directory}; its shards are whole: free some and start again"
-        ) from exc

@@ -16,9 +16,11 @@ from model.tokenizer import Tokenizer
 from tests.training.conftest import LOG_ERROR, ROOT, encode_png, make_image
 from tests.training.distributed.test_ranks import torchrun
 from training.data.batches import PositionedDataset
-from training.data.cache import StateCache, read_manifest, shard_file
+from training.data.crops.cache import CropManifest, StateCache
 from training.data.sources import list_samples
-from training.errors import CacheError, RecipeError
+from training.errors import LatentsError, RecipeError
+from training.latents.manifest import read_manifest_of
+from training.latents.store import FolderStore
 from training.run import run_phase
 
 FIXED = ["data.crops_per_image=2"]
@@ -27,12 +29,20 @@ FIXED = ["data.crops_per_image=2"]
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few images a shard."""
-    monkeypatch.setattr("training.data.cache.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("training.data.crops.cache.SHARD_BYTES", 40_000)
 
 
 @pytest.fixture
 def with_cache(tmp_path: Path) -> list[str]:
     return [*FIXED, f"cache={{directory: {tmp_path / 'cache'}, dtype: float32}}"]
+
+
+def read_manifest(folder: Path) -> CropManifest | None:
+    return read_manifest_of(FolderStore(folder), CropManifest)
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"latents-{number:06d}.safetensors"
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -49,7 +59,7 @@ def never_encode(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the frozen parts ran although their states are cached")
 
-    monkeypatch.setattr("training.data.frozen_states.frozen_states", refuse)
+    monkeypatch.setattr("training.data.crops.frozen_states.frozen_states", refuse)
 
 
 @pytest.mark.usefixtures("exact", "small_shards")
@@ -65,8 +75,8 @@ def test_cached_training_is_uncached_training(
     run_phase(phase, recipe_file, [*start, *with_cache], tmp_path / "cached")
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None
-    assert manifest.num_shards > 1
-    assert manifest.key.shape == ((4, 16, 32) if phase == "phase2" else (1, 16, 32))
+    assert len(manifest.shards) > 1
+    assert manifest.identity.shape == ((4, 16, 32) if phase == "phase2" else (1, 16, 32))
     plain, cached = losses(tmp_path / "plain"), losses(tmp_path / "cached")
     assert len(plain) == len(cached) == 6
     for before, after in zip(plain, cached, strict=True):
@@ -140,7 +150,7 @@ def test_a_cache_of_something_else_is_refused(
     recipe_file: Path, tmp_path: Path, with_cache: list[str], change: str, message: str
 ) -> None:
     run_phase("phase1", recipe_file, [*with_cache, "num_steps=1"], tmp_path / "one")
-    with pytest.raises(CacheError, match=rf"cache of something else \(.*{message}"):
+    with pytest.raises(LatentsError, match=rf"made with other settings \(.*{message}"):
         run_phase("phase1", recipe_file, [*with_cache, change, "num_steps=1"], tmp_path / "two")
 
 
@@ -152,10 +162,10 @@ def test_other_images_or_weights_are_refused(
     with torch.no_grad():
         tokenizer.encoder.class_token += 1
     tokenizer.save(tmp_path / "other")
-    with pytest.raises(CacheError, match="weights_sha256 is"):
+    with pytest.raises(LatentsError, match="weights_sha256 is"):
         run_phase("phase1", recipe_file, [*with_cache, f"init={tmp_path / 'other'}"], tmp_path / "two")
     (photos / "00.png").write_bytes(encode_png(make_image(77)))
-    with pytest.raises(CacheError, match="listing_sha256 is"):
+    with pytest.raises(LatentsError, match=r"the images of data\.train had"):
         run_phase("phase1", recipe_file, with_cache, tmp_path / "three")
 
 
@@ -166,10 +176,10 @@ def test_a_killed_build_goes_on_where_it_was(
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "import training.data.cache, training.data.frozen_states as build\n"
+        "import training.data.crops.cache, training.data.crops.frozen_states as build\n"
         "from tests.training.conftest import in_float64\n"
         "from training.run import run_phase\n"
-        "training.data.cache.SHARD_BYTES = 40_000\n"
+        "training.data.crops.cache.SHARD_BYTES = 40_000\n"
         "encode, calls = build._encode, []\n"
         "def dying(*args):\n"
         "    calls.append(args)\n"
@@ -194,7 +204,7 @@ def test_a_killed_build_goes_on_where_it_was(
     assert not shard_file(tmp_path / "cache", 1).exists()
     run_phase("phase1", recipe_file, with_cache, tmp_path / "run")
     assert first.stat().st_mtime_ns == made_at
-    assert not list((tmp_path / "cache").glob(".*.partial"))
+    assert not list((tmp_path / "cache").glob(".*.tmp-*"))
     run_phase("phase1", recipe_file, FIXED, tmp_path / "plain")
     for cached, plain in zip(losses(tmp_path / "run"), losses(tmp_path / "plain"), strict=True):
         assert cached == pytest.approx(plain, rel=LOG_ERROR)
@@ -213,10 +223,10 @@ def test_damage_is_found_when_it_is_read(recipe_file: Path, tmp_path: Path, with
     for entry in range(24):
         try:
             cache.read(*divmod(entry, 2))
-        except CacheError as exc:
+        except LatentsError as exc:
             messages.append(str(exc))
     (message,) = messages  # of one entry alone
-    assert re.search(r"shard-00000\.safetensors: entry \d+ is damaged", message)
+    assert re.search(r"latents-000000\.safetensors: entry \d+ is damaged", message)
 
 
 def test_a_truncated_shard_is_made_again(recipe_file: Path, tmp_path: Path, with_cache: list[str]) -> None:
@@ -232,11 +242,10 @@ def test_no_room_is_said_before_anything_is_computed(
     recipe_file: Path, tmp_path: Path, with_cache: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never_encode(monkeypatch)
-    usage = type("usage", (), {"free": 1000})()
-    monkeypatch.setattr("training.data.frozen_states.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(CacheError, match=r"the cache needs 0\.0 more \(12 images x 2 crops x 0\.00 MiB\)"):
+    monkeypatch.setattr(FolderStore, "free_bytes", lambda _: 1000)
+    with pytest.raises(LatentsError, match=r"the cache needs 0\.0 more \(12 images x 2 crops x 0\.00 MiB\)"):
         run_phase("phase1", recipe_file, with_cache, tmp_path / "run")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -281,7 +290,7 @@ def test_recipe_file_takes_the_section(recipe_file: Path, tmp_path: Path) -> Non
     run_phase("phase1", recipe_file, ["num_steps=1"], tmp_path / "run")
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None
-    assert manifest.key.dtype == "float16"
+    assert manifest.identity.dtype == "float16"
 
 
 @pytest.mark.usefixtures("exact")
@@ -289,10 +298,10 @@ def test_two_ranks_fill_one_cache(recipe_file: Path, tmp_path: Path, with_cache:
     plain = ["train", "phase1", "--config", str(recipe_file), "--output", str(tmp_path / "two")]
     overrides = [word for override in with_cache for word in ("--set", override)]
     script = (
-        "import sys, training.data.cache\n"
+        "import sys, training.data.crops.cache\n"
         "from cli.main import main\n"
         "from tests.training.conftest import in_float64\n"
-        "training.data.cache.SHARD_BYTES = 40_000\n"
+        "training.data.crops.cache.SHARD_BYTES = 40_000\n"
         "with in_float64():\n"
         "    sys.exit(main(sys.argv[1:]))\n"
     )
@@ -301,7 +310,7 @@ def test_two_ranks_fill_one_cache(recipe_file: Path, tmp_path: Path, with_cache:
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None
-    assert len(list((tmp_path / "cache").glob("shard-*"))) == manifest.num_shards > 1
+    assert len(list((tmp_path / "cache").glob("latents-*"))) == len(manifest.shards) > 1
     run_phase("phase1", recipe_file, FIXED, tmp_path / "one")
     for cached, uncached in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
         assert cached == pytest.approx(uncached, rel=LOG_ERROR)
