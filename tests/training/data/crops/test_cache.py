@@ -169,7 +169,7 @@ def test_other_images_or_weights_are_refused(
         run_phase("phase1", recipe_file, with_cache, tmp_path / "three")
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact", "small_shards")
 def test_a_killed_build_goes_on_where_it_was(
     recipe_file: Path, tmp_path: Path, with_cache: list[str]
 ) -> None:
