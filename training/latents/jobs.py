@@ -158,7 +158,7 @@ def complete_job(job: JobOf[Kind], finished: dict[str, ShardRecord]) -> Manifest
     names = job.store.names()
     if read_manifest_of(job.store, job.manifest_class) != manifest:
         if isinstance(job.identity, Identity):
-            _write_statistics(job, job.identity.shape, records)
+            _write_statistics(job.store, job.identity, records)
         write_manifest(job.store, manifest)
     for name in names & {receipt_name(record.name) for record in records}:
         job.store.remove(name)
@@ -228,13 +228,13 @@ def _input_changes(job: JobOf[Kind], manifest: ManifestOf[Kind], retry_broken: b
     return sorted(found)
 
 
-def _write_statistics(job: JobOf[Kind], shape: tuple[int, int, int], records: Sequence[ShardRecord]) -> None:
+def _write_statistics(store: Store, identity: Identity, records: Sequence[ShardRecord]) -> None:
     """Merge the moments of all files, in their order."""
-    total = PointwiseMoments(shape)
+    total = PointwiseMoments(identity.shape)
     for record in records:
         names = [f"moments.{part}" for part in ("count", "mean", "second")]
-        total.merge(PointwiseMoments(shape).restore(read_tensors(job.store, record.name, names), "moments"))
+        tensors = read_tensors(store, record.name, names)
+        total.merge(PointwiseMoments(identity.shape).restore(tensors, "moments"))
     if total.count == 0:
-        num_images = sum(len(unit) for unit in job.units)
-        raise DataError(f"none of the {num_images} images could be read")
-    write_statistics(job.store, total, job.identity.flip)
+        raise DataError(f"none of the {sum(record.broken for record in records)} images could be read")
+    write_statistics(store, total, identity.flip)
