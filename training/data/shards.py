@@ -1,7 +1,7 @@
-"""Shards: safetensors files that are written whole and say in their metadata what they hold.
+"""Partial results of a pass over images: sums, one safetensors file per rank, which says what it covers.
 
-Caches of frozen states and unfinished passes are made of them. Both go on after a kill in the same way: a
-shard that is there and of the same identity is done, and another identity is refused by naming what differs.
+A pass goes on after a kill: a shard that is there and of the same identity is done, and another identity is
+refused by naming what differs. Latents themselves are kept as `training.latents` describes.
 """
 
 import hashlib
