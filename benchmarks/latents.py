@@ -132,9 +132,11 @@ def throughput(arguments: argparse.Namespace, provenance: Provenance, folder: Pa
     staged.mkdir()
     photos = stage_photos(arguments.photos, arguments.side, staged)
     data = spread(photos, folder / "data", NUM_COPIES)
+    torch.set_num_threads(num_cpus())  # of which the bare loop's variants are made
     candidates = variants(BATCHES)
     quick_s = arguments.duration_s / 4
-    rates = {v: run_bare(arguments.checkpoint, staged, v, quick_s) for v in candidates}
+    rates = {variant: run_bare(arguments.checkpoint, staged, variant, quick_s) for variant in candidates}
+    logger.info("bare loop: %s", "; ".join(f"{variant}: {rate:.1f}" for variant, rate in rates.items()))
     finalists = sorted(candidates, key=lambda variant: rates[variant])[-2:]
     bare: defaultdict[Variant, list[float]] = defaultdict(list)
     ours = []
