@@ -21,7 +21,7 @@ PACKAGES = """
 cli -> service, training -> model -> kernels
 benchmarks -> service, training -> model -> kernels
 benchmarks -> drorae_client
-deploy
+deploy -> service
 """
 # Folders of packages that are not at the root: distributions of their own.
 HOMES = {"drorae_client": "client"}
@@ -64,7 +64,7 @@ ROOMS = {
         __init__ -> client, async_client -> many -> wire -> errors
     """,
     "deploy": """
-        check_config, checks
+        check_config, checks, ray_serve
     """,
 }
 # Files of these rooms do not import one another.
@@ -80,7 +80,7 @@ LIBRARIES = {
     "prometheus_client": "service/telemetry service/api benchmarks",
     "huggingface_hub httpx2": "cli/hub",
     "triton": "kernels benchmarks",
-    "ray": "training/latents/on_ray deploy",
+    "ray": "training/latents/on_ray deploy/ray_serve",
     "fsspec upath": "training/latents/storage",
     "matplotlib": "training/output training/studies benchmarks",
 }
