@@ -68,10 +68,10 @@ def open_named(path: Path) -> NamedLatents | None:
         return None
     try:
         file: Any = safe_open(path, framework="pt")
-        latents, metadata = file.get_slice("latents"), file.metadata() or {}
-    except SafetensorError:
+        latents = file.get_slice("latents")
+        found = _names_and_origin(file.metadata() or {})
+    except (SafetensorError, ValueError):
         return None  # whoever reads the whole file says why
-    found = _names_and_origin(metadata)
     if found is None:
         return None
     keys, origin = found

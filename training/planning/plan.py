@@ -121,13 +121,7 @@ def plan_phase(
         recipe = reconstruction = load_recipe(PhaseRecipe, config_path, changes)
         config = check_start(phase, reconstruction, findings)
         side = config.image_size if config else 256
-    train = check_images("data.train", recipe.data, side, options.num_checked, findings)
-    validation = check_images("data.validation", recipe.data, side, options.num_checked, findings)
-    if isinstance(recipe, GeneratorRecipe):
-        if recipe.data.latents is not None:
-            train = check_stored(recipe, "latents", findings)
-        if recipe.data.validation_latents is not None:
-            validation = check_stored(recipe, "validation_latents", findings)
+    train, validation = _check_data(recipe, side, options.num_checked, findings)
     recipe = in_steps(recipe, train.num_listed)
     plan = Plan(phase, recipe, options.num_processes, train, validation, findings)
     device = check_recipe_fits(phase, recipe, options.num_processes, findings)
@@ -144,6 +138,20 @@ def plan_phase(
     else:
         check_output("output", recipe.output, 0, findings, resume)
     return plan
+
+
+def _check_data(
+    recipe: BaseRecipe, side: int, num_checked: int | None, findings: Findings
+) -> tuple[ImageCheck, ImageCheck]:
+    """Look at the images, or the stored latents, of training and validation."""
+    train = check_images("data.train", recipe.data, side, num_checked, findings)
+    validation = check_images("data.validation", recipe.data, side, num_checked, findings)
+    if isinstance(recipe, GeneratorRecipe):
+        if recipe.data.latents is not None:
+            train = check_stored(recipe, "latents", findings)
+        if recipe.data.validation_latents is not None:
+            validation = check_stored(recipe, "validation_latents", findings)
+    return train, validation
 
 
 def _add_footprint(plan: Plan, recipe: PhaseRecipe, config: TokenizerConfig, device: torch.device) -> None:

@@ -112,6 +112,8 @@ def _read_chosen(path: Path, rows: list[int] | None, keys: list[str] | None) -> 
     if rows is None and keys is None and path.is_dir():
         raise UsageError(f"{path}: the folder has {named.count} latents: choose some by --row or --key")
     chosen = [named.row_of(key) for key in keys] if keys else rows or range(named.count)
+    if not chosen:
+        raise UsageError(f"{path}: holds no latents: none of its images could be read")
     if outside := [row for row in chosen if row >= named.count]:
         raise UsageError(f"{path}: --row {outside[0]}: there are {named.count} latents, counted from 0")
     return named.take(chosen)

@@ -123,6 +123,18 @@ def test_foreign_and_damaged_folders_are_told(latents, decode_refused, other_che
     assert "latents-000002" in decode_refused(latents, "--row", "0")
 
 
+def test_a_file_without_rows_or_with_damaged_names_is_told(decode_refused, checkpoint, run, photos, tmp_path):
+    folder = make_latents(Tokenizer.load(checkpoint), tmp_path / "broken", count=3, per_shard=2, broken=2)
+    assert "no latents" in decode_refused(folder / "latents-000001.safetensors")
+    output = tmp_path / "encoded.safetensors"
+    run("encode", photos, "-o", output, "--checkpoint", checkpoint)
+    with safe_open(output, "pt") as file:
+        latents, metadata = file.get_tensor("latents"), file.metadata()
+    for entry in ("keys", "drorae"):
+        save_file({"latents": latents}, output, {**metadata, "keys": "{", entry: "{"})
+        assert "--key" in decode_refused(output, "--key", "a")
+
+
 def test_a_name_that_two_photos_have_is_unclear(run, decode_refused, checkpoint, photos, tmp_path):
     output = tmp_path / "twice.safetensors"
     run("encode", photos, photos, "-o", output, "--checkpoint", checkpoint)
