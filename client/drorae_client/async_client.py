@@ -31,7 +31,7 @@ from drorae_client.many.window import Window
 from drorae_client.many.workers import raise_it
 from drorae_client.wire import calls
 from drorae_client.wire.calls import Answer
-from drorae_client.wire.inputs import ImageInput, ImagesInput, LatentsInput, async_batches
+from drorae_client.wire.inputs import ImageInput, ImagesInput, LatentsInput, async_batches, check_several
 from drorae_client.wire.results import Info, Latents, Pictures
 
 T = TypeVar("T")
@@ -150,6 +150,7 @@ class AsyncClient:
 
         Leave it early inside ``contextlib.aclosing``, which cancels what is under way at once.
         """
+        check_several(images)
         plan = Plan(batch, concurrency, on_error, progress)
         timeout_s = self._timeout_s if timeout is None else timeout
         encode = partial(encode_batch, self._service, options=dict(options), timeout_s=timeout_s)

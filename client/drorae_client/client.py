@@ -32,7 +32,7 @@ from drorae_client.many.window import Window
 from drorae_client.many.workers import StoppedError, Workers
 from drorae_client.wire import calls
 from drorae_client.wire.calls import Answer
-from drorae_client.wire.inputs import ImageInput, ImagesInput, LatentsInput, batches
+from drorae_client.wire.inputs import ImageInput, ImagesInput, LatentsInput, batches, check_several
 from drorae_client.wire.results import Info, Latents, Pictures
 
 T = TypeVar("T")
@@ -195,6 +195,7 @@ class Client:
             DroraeError: see `drorae_client.errors`. Those that are about no image, such as a wrong key, are
                 always raised.
         """
+        check_several(images)
         plan = Plan(batch, concurrency, on_error, progress)
         timeout_s = self._timeout_s if timeout is None else timeout
         encode = partial(encode_batch, self._service, options=dict(options), timeout_s=timeout_s)

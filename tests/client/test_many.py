@@ -250,6 +250,12 @@ def test_no_images(connect: Connect, server: Any) -> None:
     assert list(connect(server.url).encode_many([])) == []
 
 
+def test_one_image_is_not_several(connect: Connect, server: Any) -> None:
+    for one in ("photo.png", Path("photo.png"), picture(0)):
+        with pytest.raises(InputError):
+            list(connect(server.url).encode_many(one))
+
+
 @pytest.mark.parametrize("options", [{"batch": 0}, {"concurrency": 0}, {"on_error": "skip"}])
 def test_impossible_plans(connect: Connect, server: Any, options: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -99,6 +99,16 @@ def kind_of(image: ImageInput) -> Hashable:
     return tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
 
 
+def check_several(images: object) -> None:
+    """Refuse one image where several are wanted: a name would be taken for its letters.
+
+    Raises:
+        InputError: a path, bytes or a PIL image.
+    """
+    if not _is_array(images):
+        raise InputError(f"encode_many takes several images, and this is one {type(images).__name__}")
+
+
 class Batcher:
     """Puts images together that can go into one request.
 
