@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Retrains the bundled checkpoint: phases 0 to 3, the linear probe, the bundle. Resumable: run it again.
+# Retrains the bundled checkpoint: phases 0 to 3, phase 3's last block, the linear probe, the bundle. Resumable: run it again.
 # DRORAE_DATA names the folder with photos-256/, caltech101-256/, tiny-imagenet-64/ and photos-256-val.tar.
 # Where there is a GPU it is used, and takes all CPUs to decode images.
 set -euo pipefail
@@ -11,9 +11,9 @@ WORKERS=${WORKERS:-$(nproc)}
 export MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
 
 before=
-for phase in phase0 phase1 phase2 phase3; do
+for phase in phase0 phase1 phase2 phase3 phase3-seams; do
   if [ ! -f "$RUNS/$phase/run.json" ]; then
-    "$PYTHON" -m cli.main train "$phase" --config "training/recipes/mini-$phase.yaml" --output "$RUNS/$phase" --resume \
+    "$PYTHON" -m cli.main train "${phase%%-*}" --config "training/recipes/mini-$phase.yaml" --output "$RUNS/$phase" --resume \
       --set "data.num_workers=$WORKERS" ${before:+--set "init=$RUNS/$before/checkpoint"}
   fi
   before=$phase

@@ -69,7 +69,7 @@ def edge_ratio(images: Tensor, patch_size: int) -> Tensor:
     Returns:
         [B] float32.
     """
-    across, inside = _differences(images, patch_size)
+    across, inside = neighbour_differences(images, patch_size)
     return across / inside.clamp_min(FLAT)
 
 
@@ -83,12 +83,20 @@ def detail(images: Tensor, references: Tensor, patch_size: int) -> Tensor:
     Returns:
         [B] float32.
     """
-    inside, wanted = (_differences(pixels, patch_size)[1] for pixels in (images, references))
+    inside, wanted = (neighbour_differences(pixels, patch_size)[1] for pixels in (images, references))
     return inside / wanted.clamp_min(FLAT)
 
 
-def _differences(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean absolute difference of neighbouring pixels, across patch borders and inside patches, each [B]."""
+def neighbour_differences(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean absolute difference of neighbouring pixels, across patch borders and inside patches.
+
+    Args:
+        images: [B, 3, S, S], S a multiple of ``patch_size``; an image, or an error.
+        patch_size: side of a patch, pixels.
+
+    Returns:
+        Two of [B] float32.
+    """
     across, inside = [], []
     for pixels in (images.float(), images.float().transpose(2, 3)):
         steps = pixels.diff(dim=3).abs()  # [B, 3, S, S - 1]

@@ -63,11 +63,15 @@ class Decoder(Freezable):
 
     def features(self, tokens: Tensor) -> Tensor:
         """Input of the last layer, [B, N, D], from latent tokens [B, N, C]."""
+        return self.norm(self.hidden(tokens, len(self.blocks)))[:, 1:]
+
+    def hidden(self, tokens: Tensor, depth: int) -> Tensor:
+        """Tokens after ``depth`` blocks, [B, 1 + N, D] with the class token first, from [B, N, C]."""
         hidden = self.embed(tokens)
         hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1) + self.positions
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             hidden = block(hidden)
-        return self.norm(hidden)[:, 1:]
+        return hidden
 
     def patchify(self, images: Tensor) -> Tensor:
         """Target of the last layer, [B, N, p * p * 3], from images [B, 3, S, S] in [0, 1]."""

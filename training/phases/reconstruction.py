@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.images.similarity import neighbour_differences
 from model.tokenizer import Tokenizer
 from training.data.batches import Batch, random_crop, share_of_step, training_batches
 from training.data.crops.cache import KINDS, StateCache, cache_spec
@@ -269,6 +270,10 @@ class ReconstructionTask(Task[Batch]):
         total = weights.l1 * l1
         if weights.l2:
             total = total + weights.l2 * losses.setdefault("l2", (reconstructions - images).square().mean())
+        if weights.differences:
+            parts = neighbour_differences(reconstructions - images, self.tokenizer.decoder.patch_size)
+            losses["differences"] = torch.stack(parts).mean()
+            total = total + weights.differences * losses["differences"]
         if weights.perceptual:
             crop = randomness.shared(Purpose.PERCEPTUAL_CROP)
             losses["perceptual"] = self.perceptual(reconstructions, images, crop)

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from model.checkpoints.tokenizers import resolve_checkpoint
-from model.config import PRESETS, TokenizerConfig
+from model.config import PRESETS, DecoderConfig, TokenizerConfig
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from training.data.sources import Sample
 from training.distributed.device import step_generator
 from training.errors import RecipeError
 from training.phases.fusion_start import initialize_fusion
+from training.phases.neighbour_block import initialize_neighbour_block
 from training.phases.ridge_decoder import initialize_decoder
 from training.recipes.recipe import BaseRecipe, PhaseRecipe
 
@@ -33,6 +35,8 @@ def check_recipe(phase: str, recipe: PhaseRecipe, num_ranks: int) -> None:
         raise RecipeError("field 'decoder_init': only phase 1 may replace the decoder")
     if recipe.fusion_init is not None and phase not in ("phase2", "joint"):
         raise RecipeError("field 'fusion_init': only phase 2 and joint training start a fusion")
+    if recipe.neighbour_block is not None and phase != "phase3":
+        raise RecipeError("field 'neighbour_block': only phase 3 appends it, to a decoder that is trained")
     if recipe.discriminator.start_step > recipe.discriminator.adversarial_start_step:
         raise RecipeError("field 'discriminator.start_step' comes after discriminator.adversarial_start_step")
 
@@ -69,7 +73,8 @@ def make_tokenizer(phase: str, recipe: PhaseRecipe) -> Tokenizer:
     config = _phase_config(phase, recipe, source.config)
     tokenizer = Tokenizer(config)
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())
-    tokenizer.decoder.load_state_dict(source.decoder.state_dict())
+    grown = tokenizer.decoder.state_dict() if recipe.neighbour_block else {}
+    tokenizer.decoder.load_state_dict(grown | source.decoder.state_dict())
     if tokenizer.fusion is not None and source.fusion is not None:
         tokenizer.fusion.load_state_dict(source.fusion.state_dict())
     mean, var = source.latent_mean, source.latent_var
@@ -106,6 +111,8 @@ def initialize_parts(
         initialize_decoder(tokenizer, samples, recipe.noise_tau, generator)
     if recipe.fusion_init is not None:
         initialize_fusion(tokenizer, samples, recipe.fusion_init, generator, recipe.precision)
+    if recipe.neighbour_block is not None:
+        initialize_neighbour_block(tokenizer, samples, recipe.neighbour_block, generator, recipe.precision)
 
 
 def _keeps_latents(phase: str, recipe: PhaseRecipe, source: Tokenizer) -> bool:
@@ -125,7 +132,21 @@ def _phase_config(phase: str, recipe: PhaseRecipe, source: TokenizerConfig) -> T
         fusion = recipe.fusion or (PRESETS[recipe.preset].fusion if recipe.preset else None)
         if fusion is None:
             raise RecipeError("field 'fusion': name a preset or give the fusion to train")
+    changes: dict[str, Any] = {"fusion": fusion, "name": recipe.name}
+    if recipe.neighbour_block is not None:
+        changes["decoder"] = _with_neighbour_block(source)
     try:  # fits the fusion to the encoder, and checks that it does
-        return TokenizerConfig(**dict(source) | {"fusion": fusion, "name": recipe.name})
+        return TokenizerConfig(**dict(source) | changes)
     except ValidationError as exc:
         raise RecipeError(f"field 'fusion': {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc
+
+
+def _with_neighbour_block(source: TokenizerConfig) -> DecoderConfig:
+    """The decoder with one more block, whose heads must have room for codes of a token's row and column."""
+    decoder, room = source.decoder, source.decoder.width // source.decoder.num_heads
+    if room < 2 * source.encoder.grid:
+        raise RecipeError(
+            f"field 'neighbour_block': heads of width {room} have no room for positions on a grid of "
+            f"{source.encoder.grid} x {source.encoder.grid} tokens, which takes {2 * source.encoder.grid}"
+        )
+    return decoder.model_copy(update={"depth": decoder.depth + 1})

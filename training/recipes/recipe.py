@@ -93,6 +93,11 @@ class LossConfig(FrozenConfig):
 
     l1: Weight = 1.0
     l2: Weight = Field(0.0, description="Mean squared error; the papers have none.")
+    differences: Weight = Field(
+        0.0,
+        description="L1 of differences between neighbouring pixels, those across patch borders and those "
+        "inside patches weighing the same: against visible patches. The papers have none.",
+    )
     perceptual: Weight = 1.0
     adversarial: Weight = 0.75
     perceptual_network: Literal["auto", "lpips-vgg", "efficientnet-lite0"] = Field(
@@ -148,6 +153,15 @@ class FusionStartConfig(FrozenConfig):
     learning_rate: float = Field(1e-3, gt=0)
 
 
+class NeighbourBlockConfig(FrozenConfig):
+    """One more decoder block, fitted to a token's neighbours (`training.phases.neighbour_block`)."""
+
+    num_images: PositiveInt = Field(512, description="Images that it is fitted on, at most.")
+    rounds: PositiveInt = Field(4, description="Rounds of regression, heads and last layer in turn.")
+    attention_steps: PositiveInt = Field(250, description="Steps (Adam) that fit where the heads attend.")
+    learning_rate: float = Field(1e-3, gt=0, description="Of those steps.")
+
+
 class BaseRecipe(FrozenConfig):
     """Settings of every phase."""
 
@@ -195,6 +209,9 @@ class PhaseRecipe(BaseRecipe):
     )
     decoder_init: Literal["keep", "ridge"] = Field(
         "keep", description="Phase 1: keep the checkpoint's decoder, or start as the best linear one."
+    )
+    neighbour_block: NeighbourBlockConfig | None = Field(
+        None, description="Phase 3: append a decoder block fitted to each token's neighbours; null: do not."
     )
     noise_tau: float = Field(
         0.0, ge=0, description="Latent noise: z + sigma n, sigma ~ U(0, tau) per sample."

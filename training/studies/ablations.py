@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kernels.reference import token_norm
@@ -30,14 +31,18 @@ from model.networks.fusion import Fusion
 from model.tokenizer import Tokenizer
 from training.data.sources import list_samples
 from training.evaluation.readout import PENALTY, Ridge
+from training.output.figures import save_figure
 from training.output.files import write_atomically, write_json
 from training.phases.fusion_start import TokenSet, base_decoder, collect_tokens, fit_fusion, fuse_tokens
 from training.recipes.recipe import FusionStartConfig
+from training.studies.scaling import LineFit, fit_line
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 4096
 SEED = 0
+FAMILIES = {"per_log10_parameters": "width", "per_layer": "layers"}
+AXIS_LABELS = {"width": "log10 of the fusion's parameters", "layers": "layers fused"}
 
 
 @dataclass(frozen=True)
@@ -155,28 +160,33 @@ def base_figures(
     }
 
 
-def scaling(results: Sequence[Result], centre: Result) -> dict[str, dict[str, float]]:
-    """Straight lines through the widths over log10(parameters) and through the layer counts."""
-    axes = {
-        "per_log10_parameters": [
-            (math.log10(r.num_parameters), r.readout_db) for r in _family(results, "width", centre)
-        ],
-        "per_layer": [(float(r.num_layers), r.readout_db) for r in _family(results, "layers", centre)],
-    }
-    return {name: _line(points) for name, points in axes.items()}
+def scaling(results: Sequence[Result], centre: Result) -> dict[str, LineFit]:
+    """Straight lines of the readout through the widths over log10(parameters), and through the layers."""
+    points = {name: _points(results, kind, centre) for name, kind in FAMILIES.items()}
+    return {name: fit_line(*zip(*found, strict=True)) for name, found in points.items()}
 
 
-def _family(results: Sequence[Result], kind: str, centre: Result) -> list[Result]:
-    return [r for r in results if r.name.startswith(f"{kind} ")] + [centre]
+def _points(results: Sequence[Result], kind: str, centre: Result) -> list[tuple[float, float]]:
+    """(x, readout in dB) of the variants that differ from the centre in ``kind`` alone, and of the centre."""
+    family = [result for result in results if result.name.startswith(f"{kind} ")] + [centre]
+    if kind == "width":
+        return [(math.log10(result.num_parameters), result.readout_db) for result in family]
+    return [(float(result.num_layers), result.readout_db) for result in family]
 
 
-def _line(points: Sequence[tuple[float, float]]) -> dict[str, float]:
-    x, y = (np.array(values) for values in zip(*points, strict=True))
-    slope, intercept = np.polyfit(x, y, 1)
-    residual = y - (slope * x + intercept)
-    spread = float(((y - y.mean()) ** 2).sum())
-    r_squared = 1 - float((residual**2).sum()) / spread if spread else 1.0
-    return {"slope_db": float(slope), "r_squared": r_squared}
+def draw_scaling(results: Sequence[Result], centre: Result, base_db: float) -> Figure:
+    """Readouts over the fusion's parameters and over its layers, with their lines."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    for place, (name, kind) in zip(axes, FAMILIES.items(), strict=True):
+        x, y = zip(*sorted(_points(results, kind, centre)), strict=True)
+        line = scaling(results, centre)[name]
+        place.plot(x, y, "o")
+        place.plot(x, [line.slope * value + line.intercept for value in x], linewidth=1)
+        place.axhline(base_db, color="grey", linestyle=":", linewidth=1)
+        place.set(xlabel=AXIS_LABELS[kind], title=f"{line.slope:+.2f} dB, R² {line.r_squared or 0:.2f}")
+        place.grid(alpha=0.3)
+    axes[0].set_ylabel("readout, dB (dotted: base)")
+    return figure
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -197,7 +207,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line of the ablations; writes ablations.json and ablations.md."""
+    """Command line of the ablations; writes ablations.json, ablations.md and scaling.png."""
     parser = argparse.ArgumentParser(description="Ablations of the fusion in the linear readout.")
     parser.add_argument("--checkpoint", required=True, help="tokenizer checkpoint; its encoder is used")
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="folders or shards to fit on")
@@ -223,11 +233,13 @@ def main() -> None:
     summary = {
         **base_figures(tokenizer, base_readout, train, validation),
         "variants": [asdict(result) for result in results],
-        "scaling": scaling(results, results[0]),
+        "scaling": {name: asdict(line) for name, line in scaling(results, results[0]).items()},
         "fit": config.model_dump(),
     }
     write_json(arguments.output / "ablations.json", summary)
     write_atomically(arguments.output / "ablations.md", markdown(summary))
+    figure = draw_scaling(results, results[0], summary["base_db"])
+    save_figure(figure, arguments.output / "scaling.png")
     print(json.dumps(summary["scaling"], indent=2))  # noqa: T201 - the command's own output
 
 

@@ -32,7 +32,7 @@ from matplotlib import pyplot as plt
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("phase1", "phase2", "phase3")
+PHASES = ("phase1", "phase2", "phase3", "phase3-seams")
 PICTURES = 6
 # Every 45th validation image, so that the pictures come from both of the pack's sources.
 PICTURE_STRIDE = 45
@@ -47,7 +47,7 @@ def bundle(
     """Evaluate the phases, write ``model/bundled/<name>`` in half precision and the report.
 
     Args:
-        runs: folder with the run directories phase0, phase1, phase2 and phase3.
+        runs: folder with the run directories, phase0 to phase3-seams.
         validation: folders or shards.
         readout_photos: folders or shards on which the linear readouts are fitted.
         pages: folder for ``results.json``, ``curve.png`` and ``grid.png``.
@@ -56,7 +56,7 @@ def bundle(
     Returns:
         The report.
     """
-    final = Tokenizer.load(runs / "phase3" / "checkpoint")
+    final = Tokenizer.load(runs / PHASES[-1] / "checkpoint")
     stages = sorted(folder.name for folder in runs.iterdir() if (folder / "run.json").exists())
     histories = {
         stage: json.loads((runs / stage / "run.json").read_text(encoding="utf-8")) for stage in stages
@@ -77,7 +77,7 @@ def bundle(
         "phases": {phase: histories[phase]["validation"] for phase in PHASES},
         "bundled (float16)": _measure(info.path, samples, readout_photos),
         "training_seconds": {stage: history["training_seconds"] for stage, history in histories.items()},
-        "device": histories["phase3"]["device"],
+        "devices": {stage: history["device"] for stage, history in histories.items()},
         "checkpoint_bytes": sum(file.stat().st_size for file in info.path.iterdir()),
     }
     pages.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def _plot_curves(runs: Path, file: Path) -> None:
 def main() -> None:
     """Command line of the bundler; prints the report."""
     parser = argparse.ArgumentParser(description="Bundle finished runs as a checkpoint, with its report.")
-    parser.add_argument("runs", type=Path, help="folder with phase0 ... phase3")
+    parser.add_argument("runs", type=Path, help="folder with phase0 ... phase3-seams")
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="folders or shards")
     parser.add_argument(
         "--readout-photos", type=Path, nargs="+", required=True, help="to fit the linear readouts on"
