@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
 before=
 for phase in phase0 phase1 phase2 phase3 phase3-seams; do
   if [ ! -f "$RUNS/$phase/run.json" ]; then
-    "$PYTHON" -m cli.main train "${phase%%-*}" --config "training/recipes/mini-$phase.yaml" --output "$RUNS/$phase" --resume \
+    "$PYTHON" -m cli.main train "${phase%%-*}" --config "training/recipes/mini/$phase.yaml" --output "$RUNS/$phase" --resume \
       --set "data.num_workers=$WORKERS" ${before:+--set "init=$RUNS/$before/checkpoint"}
   fi
   before=$phase

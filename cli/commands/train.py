@@ -21,18 +21,19 @@ PHASES = {
     "sweep": "phase 2 at several expert widths and layer counts, with the fit of their scaling",
 }
 EXAMPLES = """\
-  drorae train phase1 --config training/recipes/mini-phase1.yaml
-  drorae train phase1 --config training/recipes/mini-phase1.yaml --resume
-  drorae train sweep --config training/recipes/mini-sweep.yaml
-  drorae train generator --config training/recipes/dit-dh-mini.yaml
+  drorae train phase1 --config training/recipes/mini/phase1.yaml
+  drorae train phase1 --config training/recipes/mini/phase1.yaml --resume
+  drorae train sweep --config training/recipes/mini/sweep.yaml
+  drorae train generator --config training/recipes/mini/generator.yaml
   drorae train phase2 --config my.yaml --set optimizer.learning_rate=1e-4 --output runs/try
   torchrun --nproc-per-node 8 -m cli.main train phase2 --config my.yaml      on eight GPUs
   drorae train phase2 --config training/recipes/dinov2-b-phase2.yaml --dry-run --processes 8
 
 recipes (training/recipes; what each value is from stands beside it):
   dinov2-b-phase1, -phase2, -phase3   full size, on ImageNet: the paper's and RAE's values
-  mini-phase0 ... mini-phase3         the bundled checkpoint, on a CPU
-  dit-dh-xl, dit-dh-s, dit-dh-mini    generators: RAE's, its guide, and the bundled one
+  dit-dh-xl, dit-dh-s                 generators: RAE's, and its guide
+  mini/phase0 ... mini/phase3-seams   the bundled checkpoint (make mini)
+  mini/generator                      a generator for it
 Durations may be given in epochs: --set num_steps="16 epochs".
 """
 

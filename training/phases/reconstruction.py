@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.images.similarity import neighbour_differences
 from model.tokenizer import Tokenizer
 from training.data.batches import Batch, random_crop, share_of_step, training_batches
 from training.data.crops.cache import KINDS, StateCache, cache_spec
@@ -52,6 +51,7 @@ from training.losses.adversarial import (
     make_backbone,
 )
 from training.losses.perceptual import make_perceptual
+from training.losses.pixels import pixel_losses
 from training.output.grids import reconstruction_grid, save_image
 from training.phases.optimizer import Ema, clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
 from training.phases.starting_point import check_recipe, initialize_parts, make_tokenizer, with_networks
@@ -262,18 +262,11 @@ class ReconstructionTask(Task[Batch]):
         samples: range,
         randomness: StepRandomness,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        weights, recipe = self.recipe.loss, self.recipe
-        with autocast(self.device, recipe.precision):
+        weights = self.recipe.loss
+        with autocast(self.device, self.recipe.precision):
             reconstructions = self.model(images, self._noise(samples, randomness), states)
-        l1 = (reconstructions - images).abs().mean()
-        losses = {"l1": l1}
-        total = weights.l1 * l1
-        if weights.l2:
-            total = total + weights.l2 * losses.setdefault("l2", (reconstructions - images).square().mean())
-        if weights.differences:
-            parts = neighbour_differences(reconstructions - images, self.tokenizer.decoder.patch_size)
-            losses["differences"] = torch.stack(parts).mean()
-            total = total + weights.differences * losses["differences"]
+        losses = pixel_losses(reconstructions, images, weights, self.tokenizer.decoder.patch_size)
+        total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
         if weights.perceptual:
             crop = randomness.shared(Purpose.PERCEPTUAL_CROP)
             losses["perceptual"] = self.perceptual(reconstructions, images, crop)

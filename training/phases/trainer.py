@@ -1,6 +1,5 @@
 """The loop that every phase shares: steps, logs, validation, atomic state, resume."""
 
-import csv
 import errno
 import json
 import logging
@@ -13,7 +12,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
@@ -26,7 +24,7 @@ from training.data.sources import Sample
 from training.distributed.ranks import current
 from training.errors import DivergenceError, TrainingError
 from training.output.files import write_json
-from training.output.tables import read_table, write_table
+from training.output.logs import RunLog
 from training.phases.states import (
     RUN_FILE,
     STATE_FILE,
@@ -113,6 +111,7 @@ class Trainer:
         self.recipe = task.recipe
         self.output = output
         self.ranks = current()
+        self.log = RunLog(output, self.recipe.tensorboard)
         self.num_broken = 0  # of this rank's images; the main rank's holds those before a resume too
         self.is_stopping = False
         self.saved_step = 0
@@ -155,7 +154,7 @@ class Trainer:
         if self.ranks.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             self._write_recipe(is_resumed=all(exists))
-            _keep_rows(self.output, last_step=self.saved_step - 1)
+            self.log.begin(self.saved_step)
         return self.saved_step
 
     def _write_recipe(self, is_resumed: bool) -> None:
@@ -232,7 +231,7 @@ class Trainer:
         if is_logged(step, self.recipe):
             bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
             row = {"seconds": round(self._seconds(), 1), "num_broken": self._total_broken(), **losses}
-            self._append_row("train.csv", step, row)
+            self._log("train", done, row)
         # The state is written before validation: whatever ends the run in it costs no training.
         must_evaluate = done % self.recipe.evaluate_every_steps == 0 and not is_last
         must_stop = self.ranks.any(self.is_stopping)
@@ -252,7 +251,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         figures = self.task.evaluate(step + 1, self.output)
-        self._append_row("validation.csv", step, figures)
+        self._log("validation", step + 1, figures)
         if self.ranks.is_main:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             tqdm.write(f"step {step + 1}: {shown}")
@@ -289,9 +288,9 @@ class Trainer:
             save_state(self.output, state)
         self.saved_step, self.is_saved = step, True
 
-    def _append_row(self, name: str, step: int, values: Mapping[str, float]) -> None:
+    def _log(self, table: str, num_steps: int, values: Mapping[str, float]) -> None:
         if self.ranks.is_main:
-            _append_row(self.output / name, step, values)
+            self.log.append(table, num_steps, values)
 
     def _total_broken(self) -> int:
         return sum(self.ranks.all_gather_object(self.num_broken))
@@ -354,42 +353,3 @@ def _check_finite(step: int, losses: Mapping[str, float]) -> None:
     for name, value in losses.items():
         if not math.isfinite(value):
             raise DivergenceError(f"step {step}: {name} is {value}; lower the learning rate and resume")
-
-
-def _append_row(file: Path, step: int, values: Mapping[str, float]) -> None:
-    """Add a row to a table. A new column goes behind the others; a cell without a figure stays empty."""
-    row = {"step": step + 1, **{name: _rounded(value) for name, value in values.items()}}
-    table = read_table(file)
-    columns = table.columns or list(row)
-    added = [name for name in row if name not in columns]
-    dropped = [name for name in columns if name not in row and table.rows and table.rows[-1][name]]
-    if added:
-        write_table(file, replace(table, columns=[*columns, *added]))
-    if added or dropped:
-        changes = [f"{name} is new" for name in added] + [f"{name} is no longer computed" for name in dropped]
-        logger.warning("%s, from step %d on: %s; cells stay empty", file, step + 1, ", ".join(changes))
-    is_new = not table.columns
-    with file.open("w" if is_new else "a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*columns, *added], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _rounded(value: float) -> float | int:
-    return value if isinstance(value, int) else float(f"{value:.6g}")
-
-
-def _keep_rows(output: Path, last_step: int) -> None:
-    """Drop the rows that a killed run wrote after its last saved state, and lines that it left cut."""
-    for file in (output / "train.csv", output / "validation.csv"):
-        if not file.exists():
-            continue
-        table = read_table(file)
-        kept = [row for row in table.rows if int(row["step"]) <= last_step + 1]
-        if table.num_damaged:
-            logger.warning("%s: dropped %d damaged lines", file, table.num_damaged)
-        if kept:
-            write_table(file, replace(table, rows=kept))
-        else:
-            file.unlink()

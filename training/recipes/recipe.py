@@ -186,6 +186,9 @@ class BaseRecipe(FrozenConfig):
     log_every_steps: PositiveSteps = 20
     evaluate_every_steps: PositiveSteps = 500
     checkpoint_every_steps: PositiveSteps = 500
+    tensorboard: bool = Field(
+        False, description="Also write figures and pictures for TensorBoard (extra drorae[tensorboard])."
+    )
     storage_dtype: Literal["float32", "float16"] = Field("float32", description="Of the exported weights.")
 
     @field_validator("preset")

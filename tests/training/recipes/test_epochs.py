@@ -74,12 +74,17 @@ def test_what_cannot_be_counted(recipe_file: Path, override: str, message: str) 
         in_steps(load_recipe(PhaseRecipe, recipe_file, ["num_steps=2 epochs"]), 0)
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(RECIPES))
+)
 def test_recipes_are_valid(file: Path) -> None:
-    kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe}
-    kind = GeneratorRecipe if file.stem.startswith("dit-") else PhaseRecipe
-    kind = kinds.get(file.stem.split("-")[-1], kind)
-    assert in_steps(load_recipe(kind, file, []), 1000).name == file.stem
+    kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe, "generator": GeneratorRecipe}
+    kind = GeneratorRecipe if file.stem.startswith("dit-") else kinds.get(file.stem, PhaseRecipe)
+    recipe = in_steps(load_recipe(kind, file, []), 1000)
+    if file.parent == RECIPES:
+        assert recipe.name == file.stem
+    else:
+        assert recipe.output == Path("runs") / file.parent.name / file.stem
 
 
 def test_full_size_recipes_say_what_the_papers_say() -> None:

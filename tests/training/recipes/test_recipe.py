@@ -5,7 +5,7 @@ import pytest
 from training.errors import RecipeError
 from training.recipes.recipe import PhaseRecipe, load_recipe
 
-RECIPES = sorted((Path(__file__).parents[3] / "training" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "training" / "recipes").rglob("*.yaml"))
 
 
 def test_overrides_reach_nested_fields(recipe_file: Path) -> None:
