@@ -21,6 +21,7 @@ from training.losses.adversarial import (
     make_backbone,
 )
 from training.losses.perceptual import VGG_STAGES, EfficientNetDistance, Lpips, make_perceptual
+from training.losses.pixels import pixel_losses
 from training.recipes.recipe import DiscriminatorConfig, LossConfig
 
 
@@ -245,3 +246,18 @@ def test_dino_state_skips_norm_and_head() -> None:
 def test_missing_dino_weights_are_named() -> None:
     with pytest.raises(WeightsError, match=r"discriminator\.dino_weights"):
         make_backbone(DiscriminatorConfig(backbone="dino-vits8"), Encoder(TINY.encoder), TINY)
+
+
+def test_seams_count_the_error_of_steps_across_borders_alone() -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    weights = LossConfig(seams=1.0)
+    smooth = images + torch.linspace(0, 0.1, 16)
+    mosaic = images.clone()
+    mosaic[..., 8:] += 0.1  # one border of patches of 8 pixels
+    steps = {
+        name: pixel_losses(x, images, weights, 8)["seams"].item()
+        for name, x in (("smooth", smooth), ("mosaic", mosaic))
+    }
+    assert steps["mosaic"] == pytest.approx(0.1 / 2)  # of columns and rows
+    assert steps["smooth"] == pytest.approx(0.1 / 15 / 2, rel=1e-3)
+    assert set(pixel_losses(mosaic, images, LossConfig(), 8)) == {"l1"}

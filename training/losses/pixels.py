@@ -1,6 +1,5 @@
-"""Losses on pixels: absolute and squared error, and the error of steps between neighbouring pixels."""
+"""Losses on pixels: absolute and squared error, and the error of steps across patch borders."""
 
-import torch
 from torch import Tensor
 
 from model.images.similarity import neighbour_differences
@@ -15,13 +14,13 @@ def pixel_losses(
     Args:
         reconstructions, images: [B, 3, S, S] in [0, 1], reconstructions unclamped.
         weights: of the recipe.
-        patch_size: side of the decoder's patches, pixels; ``differences`` counts those across their borders
-            as much as those inside.
+        patch_size: side of the decoder's patches, pixels, at whose borders ``seams`` looks.
     """
     error = reconstructions - images
     losses = {"l1": error.abs().mean()}
     if weights.l2:
         losses["l2"] = error.square().mean()
-    if weights.differences:
-        losses["differences"] = torch.stack(neighbour_differences(error, patch_size)).mean()
+    if weights.seams:
+        across, _ = neighbour_differences(error, patch_size)
+        losses["seams"] = across.mean()
     return losses

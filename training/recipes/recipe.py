@@ -93,10 +93,8 @@ class LossConfig(FrozenConfig):
 
     l1: Weight = 1.0
     l2: Weight = Field(0.0, description="Mean squared error; the papers have none.")
-    differences: Weight = Field(
-        0.0,
-        description="L1 of differences between neighbouring pixels, those across patch borders and those "
-        "inside patches weighing the same: against visible patches. The papers have none.",
+    seams: Weight = Field(
+        0.0, description="L1 of the error of steps across patch borders, against visible patches; ours."
     )
     perceptual: Weight = 1.0
     adversarial: Weight = 0.75

@@ -33,6 +33,7 @@ from matplotlib import pyplot as plt
 logger = logging.getLogger(__name__)
 
 PHASES = ("phase1", "phase2", "phase3", "phase3-seams")
+SHOWN_PHASES = ("phase1", "phase2", PHASES[-1])
 PICTURES = 6
 # Every 45th validation image, so that the pictures come from both of the pack's sources.
 PICTURE_STRIDE = 45
@@ -99,7 +100,7 @@ def _measure(
 
 
 def _grid(runs: Path, samples: Sequence[Sample], figures: dict[str, dict[str, float]]) -> Image.Image:
-    """Originals, and what each phase makes of them."""
+    """Originals, and what the phases make of them."""
     side = Tokenizer.load(runs / "phase1" / "checkpoint").config.image_size
     chosen = samples[::PICTURE_STRIDE][:PICTURES]
     originals = torch.cat(
@@ -107,7 +108,7 @@ def _grid(runs: Path, samples: Sequence[Sample], figures: dict[str, dict[str, fl
     )
     rows: list[Tensor] = [originals]
     labels = ["original"]
-    for phase in PHASES:
+    for phase in SHOWN_PHASES:
         rows.append(Tokenizer.load(runs / phase / "checkpoint").reconstruct(originals))
         psnr_db, ssim = figures[phase]["psnr_db"], figures[phase]["ssim"]
         labels.append(f"{phase}: {psnr_db:.2f} dB, SSIM {ssim:.3f} (mean of {len(samples)})")
