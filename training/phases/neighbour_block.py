@@ -225,7 +225,7 @@ class _NeighbourFit:
             wanted = now + found.weights[part].T
             factors = _low_rank(left, wanted, right, self.head_width)
             out.weight[:, columns], value.weight[rows] = (factor.to(out.weight) for factor in factors)
-        out.bias += found.weights[-1].to(out.bias)
+        out.bias.add_(found.weights[-1].to(out.bias))
 
 
 def _low_rank(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

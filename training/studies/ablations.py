@@ -230,15 +230,16 @@ def main() -> None:
             run_variant(variant, tokenizer, base_readout, train, validation, config, arguments.precision)
         )
         logger.info("%s", results[-1])
+    bounds = base_figures(tokenizer, base_readout, train, validation)
     summary = {
-        **base_figures(tokenizer, base_readout, train, validation),
+        **bounds,
         "variants": [asdict(result) for result in results],
         "scaling": {name: asdict(line) for name, line in scaling(results, results[0]).items()},
         "fit": config.model_dump(),
     }
     write_json(arguments.output / "ablations.json", summary)
     write_atomically(arguments.output / "ablations.md", markdown(summary))
-    figure = draw_scaling(results, results[0], summary["base_db"])
+    figure = draw_scaling(results, results[0], bounds["base_db"])
     save_figure(figure, arguments.output / "scaling.png")
     print(json.dumps(summary["scaling"], indent=2))  # noqa: T201 - the command's own output
 

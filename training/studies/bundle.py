@@ -73,9 +73,10 @@ def bundle(
     }
     info = final.save(BUNDLED_DIRECTORY / name, torch.float16, provenance)
     samples = list_samples(validation)
+    validated = {phase: histories[phase]["validation"] for phase in PHASES}
     summary = {
         "validation_images": len(samples),
-        "phases": {phase: histories[phase]["validation"] for phase in PHASES},
+        "phases": validated,
         "bundled (float16)": _measure(info.path, samples, readout_photos),
         "training_seconds": {stage: history["training_seconds"] for stage, history in histories.items()},
         "devices": {stage: history["device"] for stage, history in histories.items()},
@@ -83,7 +84,7 @@ def bundle(
     }
     pages.mkdir(parents=True, exist_ok=True)
     (pages / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    save_image(_grid(runs, samples, summary["phases"]), pages / "grid.png")
+    save_image(_grid(runs, samples, validated), pages / "grid.png")
     _plot_curves(runs, pages / "curve.png")
     return summary
 
