@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, aclosing
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -77,6 +77,7 @@ class Stub:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes up the thread that accepts
         self._listener.close()
 
     def header(self, name: str) -> list[str]:
@@ -94,7 +95,7 @@ class Stub:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as stream:
-            while head := b"".join(iter(stream.readline, b"\r\n")):
+            while head := _read_head(stream):
                 length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
                 stream.read(int(length[0].partition(b":")[2]) if length else 0)
                 with self._lock:
@@ -103,6 +104,16 @@ class Stub:
                 connection.sendall(answer)
                 if b"connection: close" in answer.lower() or not answer:
                     return
+
+
+def _read_head(stream: IO[bytes]) -> bytes:
+    """A request's head; empty at the end of the connection."""
+    lines = []
+    for line in stream:
+        if line == b"\r\n":
+            return b"".join(lines)
+        lines.append(line)
+    return b""
 
 
 def answer(body: bytes, status: int = 200, **headers: str) -> bytes:
