@@ -27,8 +27,10 @@ def load(path: Path, limit: int | None = None) -> torch.Tensor:
     return torch.cat([batch.pixels(torch.device("cpu")) for _, batch in evaluation_batches(samples, 256, 8)])
 
 
-def test_is_the_preset_and_small(tokenizer: Tokenizer) -> None:
-    assert tokenizer.config == PRESETS["mini"]
+def test_is_the_preset_with_one_more_block_and_small(tokenizer: Tokenizer) -> None:
+    preset = PRESETS["mini"]
+    grown = preset.decoder.model_copy(update={"depth": preset.decoder.depth + 1})
+    assert tokenizer.config == preset.model_copy(update={"decoder": grown})
     assert tokenizer.has_statistics
     assert sum(file.stat().st_size for file in (BUNDLED_DIRECTORY / "mini").iterdir()) <= MAX_BYTES
 

@@ -34,7 +34,8 @@ def test_a_full_disk_is_status_1(refused, photo, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("command", ["reconstruct", "encode"])
 def test_missing_output_folder_is_found_before_the_work(refused, command, photo, tmp_path, monkeypatch):
-    monkeypatch.setattr(f"cli.commands.{command}.load_tokenizer", None)
+    module = {"encode": "latents.encode"}.get(command, command)
+    monkeypatch.setattr(f"cli.commands.{module}.load_tokenizer", None)
     option = ["-o"] if command == "encode" else []
     name = "out.npy" if command == "encode" else "out.png"
     message = refused(command, photo, *option, tmp_path / "no" / name, status=1)
