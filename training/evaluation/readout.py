@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.networks.decoder import Decoder
 from model.tokenizer import LatentKind, Tokenizer
@@ -71,6 +71,11 @@ class LinearMap:
         """[..., F] -> [..., P], in the features' dtype and on their device."""
         weights = self.weights.to(features)
         return features @ weights[:-1] + weights[-1]
+
+    def copy_to(self, layer: nn.Linear) -> None:
+        """Make a layer [F -> P] this map; gradients must be off."""
+        layer.weight.copy_(self.weights[:-1].T)
+        layer.bias.copy_(self.weights[-1])
 
 
 def shifted(tokens_BNC: Tensor, grid: int, offset: tuple[int, int]) -> Tensor:

@@ -25,7 +25,7 @@ from training.data.batches import evaluation_batches
 from training.data.sources import Sample, spread_samples
 from training.distributed.device import autocast
 from training.errors import DataError
-from training.evaluation.readout import NEIGHBOURS, LinearMap, Ridge
+from training.evaluation.readout import NEIGHBOURS, LinearMap, Ridge, shifted
 from training.output.progress import log_progress
 from training.recipes.recipe import NeighbourBlockConfig
 
@@ -151,7 +151,7 @@ class _NeighbourFit:
             features = norm(self.block(hidden)[:, 1:])
             error += (predict(features) - patches).square().mean().item() * len(hidden)
             ridge.add(features, patches)
-        _set_linear(predict, ridge.solve(PENALTY * ridge.num_rows))
+        ridge.solve(PENALTY * ridge.num_rows).copy_to(predict)
         return error / len(self.hidden)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,22 +179,19 @@ class _NeighbourFit:
 
     def _neighbours(self) -> Tensor:
         """Which token each head should attend to, [H, N] in 1..N; beyond the border, the nearest one."""
-        found = (self._moved(offset) for offset in self.offsets)
-        return torch.stack([1 + row * self.decoder.grid + column for row, column in found])
+        return 1 + torch.stack([self._moved(offset) for offset in self.offsets])
 
-    def _moved(self, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Row and column [N] of every token's neighbour at ``offset``."""
+    def _moved(self, offset: tuple[int, int]) -> Tensor:
+        """Number [N] of every token's neighbour at ``offset``, row by row from 0."""
         grid = self.decoder.grid
-        index = torch.arange(grid)
-        rows, columns = ((index + step).clamp(0, grid - 1) for step in offset)
-        return rows.repeat_interleave(grid), columns.repeat(grid)
+        return shifted(torch.arange(grid**2)[None, :, None], grid, offset).flatten()
 
     @torch.no_grad()
     def _start_attention(self) -> None:
         qkv, width, grid = self.block.attention.qkv, self.decoder.norm.normalized_shape[0], self.decoder.grid
         codes = [
-            torch.cat([F.one_hot(place, grid) for place in self._moved(offset)], dim=-1).float()
-            for offset in ((0, 0), *self.offsets)
+            torch.cat([F.one_hot(place, grid) for place in (moved // grid, moved % grid)], dim=-1).float()
+            for moved in map(self._moved, ((0, 0), *self.offsets))
         ]  # each [N, 2 grid]
         ridge = Ridge(width, len(codes) * 2 * grid, torch.float32)
         for hidden, _ in self._batches():
@@ -239,8 +236,3 @@ def _pseudo_inverse(matrix: Tensor) -> Tensor:
     """Of [P, D]: [D, P], small singular values damped."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     return v.T @ ((s / (s.square() + CUTOFF * s[0] ** 2))[:, None] * u.T)
-
-
-def _set_linear(layer: torch.nn.Linear, found: LinearMap) -> None:
-    layer.weight.copy_(found.weights[:-1].T)
-    layer.bias.copy_(found.weights[-1])

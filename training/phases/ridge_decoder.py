@@ -60,9 +60,7 @@ def initialize_decoder(
         ridge.add(decoder.features(tokens + noise.to(tokens)), decoder.patchify(images))
     if not ridge.num_rows:
         raise DataError("decoder initialisation: no image could be decoded")
-    weights = ridge.solve(PENALTY).weights
-    decoder.predict.weight.copy_(weights[:-1].T)
-    decoder.predict.bias.copy_(weights[-1])
+    ridge.solve(PENALTY).copy_to(decoder.predict)
     logger.info("the decoder starts as a ridge regression on %d tokens", ridge.num_rows)
 
 
