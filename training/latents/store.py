@@ -104,12 +104,21 @@ class FolderStore:
         """Delete what killed processes left in the making: of this machine, or older than an hour."""
         for file in self.folder.glob(f".*{MARK}*"):
             host, _, process = file.name.rpartition(MARK)[2].rpartition("-")
-            is_dead = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+            is_dead = host == socket.gethostname() and not _is_running(process)
             try:
                 if is_dead or time.time() - file.stat().st_mtime > STALE_AFTER_S:
                     file.unlink()
             except FileNotFoundError:
                 continue
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this id runs; one that ended counts as gone though nobody waited for it."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "XZ"
 
 
 def _sync_folder(folder: Path) -> None:

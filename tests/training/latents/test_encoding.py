@@ -1,7 +1,9 @@
 """One unit to one file: what it holds, what is left out, and that equal units give equal bytes."""
 
 import hashlib
+import os
 import socket
+import subprocess
 
 import pytest
 import torch
@@ -127,6 +129,13 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     store = FolderStore(tmp_path)
     store.write("whole", b"1")
     (tmp_path / ".other.tmp-elsewhere-1").touch()
-    (tmp_path / f".whole.tmp-{socket.gethostname()}-99999999").touch()
-    store.remove_remains()
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.tmp-elsewhere-1", "whole"]
+    this = f".tmp-{socket.gethostname()}-"
+    (tmp_path / f".whole{this}99999999").touch()
+    (tmp_path / f".kept{this}{os.getpid()}").touch()
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as ended:
+        ended.stdout.read()  # it has ended, and nobody has waited for it
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        (tmp_path / f".ended{this}{ended.pid}").touch()
+        store.remove_remains()
+    left = {".other.tmp-elsewhere-1", f".kept{this}{os.getpid()}", "whole"}
+    assert {file.name for file in tmp_path.iterdir()} == left
