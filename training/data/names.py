@@ -34,6 +34,7 @@ UNREADABLE = "folder that cannot be read"
 COMPANION = "picture beside the image of the same sample"
 FOLDER_LINK = "link in a tar that may lead to a folder"
 SPARSE = "sparse file in a tar"
+NO_JSON = "damaged JSON, which gives its sample no label"
 REPLACED = "replaced by a later member of the same name"
 
 

@@ -19,6 +19,7 @@ from training.data.names import (
     COMPANION,
     DANGLING,
     FOLDER_LINK,
+    NO_JSON,
     NOT_A_FILE,
     NOT_AN_IMAGE,
     REPLACED,
@@ -222,7 +223,10 @@ def _read_contents(
             contents.labels[name] = _read_label(shard, member)
             continue
         if name.endswith(JSON_SUFFIX) and member.isreg():
-            label = _read_json_label(shard, member)
+            try:
+                label = _read_json_label(shard, member)
+            except _DamagedJsonError:
+                label, reason = None, NO_JSON
             if label is not None:
                 contents.labels[name] = label
                 continue
@@ -285,14 +289,23 @@ def _target(contents: _Contents, name: str) -> str:
     return name
 
 
+class _DamagedJsonError(Exception):
+    pass
+
+
 def _read_json_label(shard: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
-    """The class that a sample's ``.json`` states as ``label`` or ``cls``; None where it states none."""
+    """The class that a sample's ``.json`` states as ``label`` or ``cls``; None where it states none.
+
+    Raises:
+        DataError: it states something else than a class.
+        _DamagedJsonError: it cannot be read.
+    """
     if member.size > _MAX_JSON_BYTES:
         return None
     try:
         fields = json.loads(_read_member(shard, member))
-    except (ValueError, RecursionError):
-        return None
+    except (ValueError, RecursionError) as exc:
+        raise _DamagedJsonError from exc
     stated = [fields.get(name) for name in _JSON_LABELS] if isinstance(fields, dict) else []
     label = next((value for value in stated if value is not None), None)
     if label is not None and (type(label) is not int or not 0 <= label < _MAX_LABEL):

@@ -236,5 +236,7 @@ def _write_statistics(store: Store, identity: Identity, records: Sequence[ShardR
         tensors = read_tensors(store, record.name, names)
         total.merge(PointwiseMoments(identity.shape).restore(tensors, "moments"))
     if total.count == 0:
-        raise DataError(f"none of the {sum(record.broken for record in records)} images could be read")
+        first = read_info(store, records[0].name, ShardInfo).broken[0]
+        count = sum(record.broken for record in records)
+        raise DataError(f"no image could be read, of {count:,}: the first is {first.key} ({first.reason})")
     write_statistics(store, total, identity.flip)

@@ -90,7 +90,7 @@ def plan_units(paths: Sequence[Path], image_bytes: int, batch_size: int) -> Plan
         folders += [one for one in found if path.is_dir() and one.name == name]
     if not any(one.samples for one in inputs):
         shown = ", ".join(printable(str(path)) for path in paths)
-        raise DataError(f"no images in {shown}; left out {left_out.total()}: {dict(left_out)}")
+        raise DataError(f"no images in {shown}{describe_left_out(left_out)}")
     classes = _label_by_folder(folders, inputs, [_expanded(path) for path in paths])
     total = sum(len(one.samples) for one in inputs)
     num_images = images_per_unit(total, image_bytes, batch_size)
@@ -253,3 +253,9 @@ def _file_bytes(path: str) -> int:
         return as_place(path).stat().st_size
     except OSError:
         return 0
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """What is no image, and why, as the end of a sentence; empty if there is none."""
+    reasons = [f"{count:,} x {reason}" for reason, count in sorted(left_out.items())]
+    return f"; left out {left_out.total():,}: {', '.join(reasons)}" if reasons else ""

@@ -20,7 +20,7 @@ from training.latents.engine import Event, LocalEngine
 from training.latents.jobs import Job, complete_job, explaining_a_full_disk, open_job, start_job, verify
 from training.latents.lanes import Done, Encoded, LaneConfig, Ready
 from training.latents.manifest import DtypeName, Identity, ManifestOf, ShardRecord
-from training.latents.planning import Plan, plan_units
+from training.latents.planning import Plan, describe_left_out, plan_units
 from training.latents.shards import read_header
 from training.latents.storage.objects import ObjectStore
 from training.latents.storage.places import is_remote
@@ -210,15 +210,16 @@ def _say_size(job: Job, plan: Plan, missing: Sequence[Unit], finished: dict[str,
     identity, num_images = job.identity, sum(len(unit) for unit in missing)
     needed = expected_bytes(identity, missing)
     free = job.store.free_bytes()
-    _say(f"{plan.num_images:,} images in {len(job.units):,} units{_left_out(plan)}")
+    units = _count(len(job.units), "unit")
+    _say(f"{_count(plan.num_images, 'image')} in {units}{describe_left_out(plan.left_out)}")
     if finished:
-        _say(f"{len(finished):,} of {len(job.units):,} files are there already")
+        _say(f"{len(finished):,} of {_count(len(job.units), 'file')} there already")
     room = "" if free is None else f"; {_bytes(free)} are free"
     each = _bytes(identity.image_bytes)
     shape = " x ".join(map(str, identity.shape))
     _say(
-        f"to do: {num_images:,} images, {_bytes(needed)} of {identity.dtype} {identity.latent} latents "
-        f"{shape} ({each} per image){room}"
+        f"to do: {_count(num_images, 'image')}, {_bytes(needed)} of {identity.dtype} {identity.latent} "
+        f"latents {shape} ({each} per image){room}"
     )
     if free is not None and needed > free:
         raise LatentsError(
@@ -251,12 +252,13 @@ def _say_result(job: Job, plan: Plan, manifest: ManifestOf[Identity] | None, opt
         _say(f"part {index}/{count} is done: {there:,} of {len(job.units):,} files are in {place}")
         return EXIT_OK
     totals = manifest.totals
-    _say(f"{place}: {totals.images:,} images in {len(manifest.shards):,} files, {_bytes(totals.bytes)}")
+    files = _count(len(manifest.shards), "file")
+    _say(f"{place}: {_count(totals.images, 'image')} in {files}, {_bytes(totals.bytes)}")
     if plan.left_out:
-        _say(f"not listed{_left_out(plan).removeprefix('; left out')}")
+        _say(f"not listed{describe_left_out(plan.left_out).removeprefix('; left out')}")
     if not totals.broken:
         return EXIT_OK
-    _say(f"left out {totals.broken:,} images that could not be read; --retry-broken tries them again:")
+    _say(f"left out {_count(totals.broken, 'image')} that could not be read; --retry-broken tries again:")
     for line in _broken_lines(job.store, manifest):
         _say(f"  {line}")
     return EXIT_SOME_BROKEN
@@ -275,9 +277,8 @@ def _broken_lines(store: Store, manifest: ManifestOf[Identity]) -> Iterator[str]
         yield f"and {manifest.totals.broken - shown:,} more, which the files name"
 
 
-def _left_out(plan: Plan) -> str:
-    reasons = [f"{count:,} x {reason}" for reason, count in sorted(plan.left_out.items())]
-    return f"; left out {plan.left_out.total():,}: {', '.join(reasons)}" if reasons else ""
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _bytes(count: float) -> str:

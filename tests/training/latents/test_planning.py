@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import encode_png, make_image, write_shard
+from training.data.names import NO_JSON
 from training.errors import DataError
 from training.latents import planning
 from training.latents.units import read_images
@@ -117,6 +118,7 @@ def test_json_without_a_label_is_no_label(tmp_path):
     members["c.json"] = b'{"label": null}'
     plan = plan_units([write_shard(tmp_path / "s.tar", members)])
     assert labels(plan) == {"a": -1, "b": -1, "c": -1}
+    assert plan.left_out[NO_JSON] == 1
 
 
 def test_numbers_and_class_folders_do_not_mix(tmp_path):

@@ -236,7 +236,7 @@ def test_images_that_cannot_be_read_end_a_job_that_has_too_many(options, tmp_pat
     options = replace(options, data=[tmp_path / "list.txt"])
     with pytest.raises(LatentsError, match="more than 9 images"):
         tokenize_command(replace(options, max_broken=9))
-    with pytest.raises(DataError, match="none of the 40 images"):
+    with pytest.raises(DataError, match="no image could be read, of 40: the first is"):
         tokenize_command(options)
 
 
