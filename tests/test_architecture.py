@@ -64,7 +64,7 @@ ROOMS = {
         __init__ -> client, async_client -> many -> wire -> errors
     """,
     "deploy": """
-        check_config, checks, ray_serve
+        checks, ray_serve
     """,
 }
 # Files of these rooms do not import one another.

@@ -30,6 +30,18 @@ def deploy() -> Path:
 
 
 @pytest.fixture(scope="session")
+def compose() -> Path:
+    """The compose files, and those that they mount."""
+    return DEPLOY / "compose"
+
+
+@pytest.fixture(scope="session")
+def monitoring() -> Path:
+    """Rules and dashboard."""
+    return DEPLOY / "monitoring"
+
+
+@pytest.fixture(scope="session")
 def context() -> BuildContext:
     """The files that an image's build sees."""
     return BuildContext(ROOT)

@@ -36,8 +36,8 @@ def haproxy() -> str:
 
 
 @pytest.fixture(scope="module")
-def configuration(deploy: Path) -> Path:
-    return deploy / "haproxy/haproxy.cfg"
+def configuration(compose: Path) -> Path:
+    return compose / "haproxy.cfg"
 
 
 class Traffic:

@@ -125,7 +125,13 @@ def test_the_build_context_holds_no_more_than_is_copied(
         assert any(name == source or name.startswith(f"{source}/") for source in sources), name
         assert "__pycache__" not in name
     assert "model/bundled/mini/encoder.safetensors" in context.files("model")
-    for name in (".git/config", "tests/conftest.py", "benchmarks/fusion.py", "deploy/drorae.env", ".venv/x"):
+    for name in (
+        ".git/config",
+        "tests/conftest.py",
+        "benchmarks/fusion.py",
+        "deploy/compose/drorae.env",
+        ".venv/x",
+    ):
         assert not context.includes(name)
 
 

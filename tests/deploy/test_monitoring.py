@@ -19,8 +19,8 @@ from service.telemetry.metrics import Metrics
 
 queries = pytest.importorskip("deploy.checks.queries", reason="promql-parser is not installed")
 
-DASHBOARD = "grafana/dashboards/drorae.json"
-RULES = "prometheus/rules.yml"
+DASHBOARD = "dashboard.json"
+RULES = "rules.yml"
 GRID_COLUMNS = 24
 FOREIGN = {"up": {"job", "instance"}}  # made by Prometheus itself
 
@@ -34,17 +34,17 @@ def promtool() -> str:
 
 
 @pytest.fixture(scope="module")
-def dashboard(deploy: Path) -> Any:
-    return json.loads((deploy / DASHBOARD).read_text(encoding="utf-8"))
+def dashboard(monitoring: Path) -> Any:
+    return json.loads((monitoring / DASHBOARD).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def found_queries(deploy: Path) -> list[Any]:
-    return [*queries.dashboard_queries(deploy / DASHBOARD), *queries.rule_queries(deploy / RULES)]
+def found_queries(monitoring: Path) -> list[Any]:
+    return [*queries.dashboard_queries(monitoring / DASHBOARD), *queries.rule_queries(monitoring / RULES)]
 
 
 @pytest.fixture(scope="module")
-def series(service: str, deploy: Path) -> dict[str, set[str]]:
+def series(service: str, monitoring: Path) -> dict[str, set[str]]:
     """Every series that a scrape and the rules give, with its labels."""
     labels: dict[str, set[str]] = {name: set(known) for name, known in FOREIGN.items()}
     for family in text_string_to_metric_families(httpx.get(f"{service}/metrics").text):
@@ -59,27 +59,31 @@ def series(service: str, deploy: Path) -> dict[str, set[str]]:
         for suffix in suffixes.get(type(metric), ("",)):
             known = labels.setdefault(metric._name + suffix, set())
             known.update(metric._labelnames, ("le",) if suffix == "_bucket" else ())
-    for rule in queries.rule_queries(deploy / RULES):
+    for rule in queries.rule_queries(monitoring / RULES):
         if ":" in rule.origin:
             labels[rule.origin] = set(queries.recorded_labels(rule.origin))
     return labels
 
 
-def test_prometheus_accepts_its_configuration(promtool: str, deploy: Path, tmp_path: Path) -> None:
-    shutil.copytree(deploy / "prometheus", tmp_path, dirs_exist_ok=True)
+def test_prometheus_accepts_its_configuration(
+    promtool: str, compose: Path, monitoring: Path, tmp_path: Path
+) -> None:
+    mounts = {"prometheus.yml": compose, "no-key": compose, "rules.yml": monitoring}
+    for name, folder in mounts.items():
+        shutil.copy2(folder / name, tmp_path)
     (tmp_path / "no-key").rename(tmp_path / "scrape-key")  # as the compose file mounts it
     run(promtool, "check", "config", str(tmp_path / "prometheus.yml"))
 
 
-def test_the_rules_do_what_their_tests_say(promtool: str, deploy: Path) -> None:
-    run(promtool, "check", "rules", str(deploy / RULES))
-    run(promtool, "test", "rules", str(deploy / "prometheus/rules_test.yml"))
+def test_the_rules_do_what_their_tests_say(promtool: str, monitoring: Path) -> None:
+    run(promtool, "check", "rules", str(monitoring / RULES))
+    run(promtool, "test", "rules", str(monitoring / "rules_test.yml"))
 
 
-def test_every_alert_has_a_test_and_says_what_it_means(deploy: Path) -> None:
-    groups = yaml.safe_load((deploy / RULES).read_text(encoding="utf-8"))["groups"]
+def test_every_alert_has_a_test_and_says_what_it_means(monitoring: Path) -> None:
+    groups = yaml.safe_load((monitoring / RULES).read_text(encoding="utf-8"))["groups"]
     alerts = {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
-    tests = yaml.safe_load((deploy / "prometheus/rules_test.yml").read_text(encoding="utf-8"))["tests"]
+    tests = yaml.safe_load((monitoring / "rules_test.yml").read_text(encoding="utf-8"))["tests"]
     raised = {
         case["alertname"]
         for test in tests
@@ -122,8 +126,8 @@ def test_quantiles_are_taken_of_rates_by_bucket(found_queries: list[Any]) -> Non
             assert "le" in labels, query.origin
 
 
-def test_recorded_names_say_their_labels(deploy: Path) -> None:
-    for rule in queries.rule_queries(deploy / RULES):
+def test_recorded_names_say_their_labels(monitoring: Path) -> None:
+    for rule in queries.rule_queries(monitoring / RULES):
         if ":" in rule.origin:
             kept = {label for use in queries.uses(rule.tree()) for label in use.labels}
             assert queries.recorded_labels(rule.origin) <= kept | {"instance"}, rule.origin
@@ -153,29 +157,29 @@ def test_panels(dashboard: Any) -> None:
                 assert "[$__rate_interval]" in target["expr"] or "rate(" not in target["expr"], panel["title"]
 
 
-def test_provisioning_fits_together(deploy: Path, dashboard: Any) -> None:
-    folder = deploy / "grafana/provisioning"
+def test_provisioning_fits_together(compose: Path, dashboard: Any) -> None:
+    folder = compose / "grafana"
     (source,) = yaml.safe_load((folder / "datasources/prometheus.yaml").read_text())["datasources"]
     (provider,) = yaml.safe_load((folder / "dashboards/drorae.yaml").read_text())["providers"]
-    scrape = yaml.safe_load((deploy / "prometheus/prometheus.yml").read_text())["global"]["scrape_interval"]
+    scrape = yaml.safe_load((compose / "prometheus.yml").read_text())["global"]["scrape_interval"]
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
-    compose = (deploy / "compose.yaml").read_text(encoding="utf-8")
+    mounts = (compose / "compose.yaml").read_text(encoding="utf-8")
     assert variables["datasource"]["current"]["value"] == source["uid"]
     assert variables["instance"]["definition"] == "label_values(drorae_ready, instance)"
     assert source["jsonData"]["timeInterval"] == scrape == "5s"
-    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in compose
-    assert "./grafana/provisioning:/etc/grafana/provisioning:ro" in compose
+    assert f"../monitoring/dashboard.json:{provider['options']['path']}/drorae.json:ro" in mounts
+    assert "./grafana:/etc/grafana/provisioning:ro" in mounts
 
 
-def test_the_dashboard_is_formatted(deploy: Path, dashboard: Any) -> None:
-    text = (deploy / DASHBOARD).read_text(encoding="utf-8")
+def test_the_dashboard_is_formatted(monitoring: Path, dashboard: Any) -> None:
+    text = (monitoring / DASHBOARD).read_text(encoding="utf-8")
     assert text == json.dumps(dashboard, indent=2, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.slow
 def test_a_real_prometheus_evaluates_everything(
     service: str,
-    deploy: Path,
+    monitoring: Path,
     photo: bytes,
     found_queries: list[Any],
     wait: Any,
@@ -183,7 +187,7 @@ def test_a_real_prometheus_evaluates_everything(
     tmp_path: Path,
 ) -> None:
     """Scrape a real replica under the committed rules, then ask every query as Grafana would."""
-    with prometheus(deploy, tmp_path, service.removeprefix("http://")) as url:
+    with prometheus(monitoring, tmp_path, service.removeprefix("http://")) as url:
         wait("prometheus", lambda: answered(f"{url}/-/ready"))
 
         def ask(expression: str) -> list[Any]:
@@ -211,7 +215,7 @@ def test_a_real_prometheus_evaluates_everything(
 
 
 @contextmanager
-def prometheus(deploy: Path, folder: Path, target: str) -> Iterator[str]:
+def prometheus(monitoring: Path, folder: Path, target: str) -> Iterator[str]:
     """Prometheus on a free port, with the committed rules and one target; gives its address."""
     program = shutil.which("prometheus")
     if program is None:
@@ -219,7 +223,7 @@ def prometheus(deploy: Path, folder: Path, target: str) -> Iterator[str]:
     scrape = {"job_name": "drorae", "scrape_interval": "500ms", "static_configs": [{"targets": [target]}]}
     configuration = {
         "global": {"evaluation_interval": "500ms"},
-        "rule_files": [str(deploy / RULES)],
+        "rule_files": [str(monitoring / RULES)],
         "scrape_configs": [scrape],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
