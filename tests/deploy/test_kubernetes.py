@@ -1,4 +1,4 @@
-"""The Kubernetes files, rendered by kubectl: valid by its schemas, and held to the settings of the service."""
+"""The Kubernetes files, rendered by kubectl: valid by its schemas, and held to the service's settings."""
 
 import itertools
 import json
