@@ -169,11 +169,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--in-flight", type=int, default=16, help="requests at once (default %(default)s)")
     parser.add_argument("--replicas", type=int, default=2, help="number that is replaced (default 2)")
     parser.add_argument("--pre-stop-s", type=float, default=5, help="of the preStop hook (default 5)")
+    parser.add_argument("--checkpoint", default="mini", help="of the replicas (default mini)")
     arguments = parser.parse_args(argv)
     haproxy = find_haproxy()
     if haproxy is None:
         print(f"rolling_update: {NEEDS_HAPROXY}", file=sys.stderr)
         return 2
+    settings = {
+        "DRORAE_CHECKPOINT": arguments.checkpoint,
+        "DRORAE_CPU_WORKERS": "1",
+        "DRORAE_BATCH_SIZE": "8",
+        "DRORAE_LOG_LEVEL": "warning",
+    }
     try:
         result = update(
             haproxy,
@@ -181,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.in_flight,
             arguments.replicas,
             arguments.pre_stop_s,
-            {"DRORAE_CPU_WORKERS": "1", "DRORAE_BATCH_SIZE": "8"},
+            settings,
         )
     except CheckError as error:
         print(f"rolling_update: {error}", file=sys.stderr)

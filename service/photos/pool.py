@@ -153,6 +153,7 @@ class Decoders:
             self._start_failed(f"no decoder could be started: {exc}")
             return
         self._decoders.append(link)
+        self._metrics.decoders.set(len(self._decoders))
         await link.connect()
 
     def _start_failed(self, reason: str) -> None:
@@ -222,6 +223,7 @@ class Decoders:
         self._begun.set()
         for job in jobs:
             self._room.record(job.num_pixels, job.duration_s)
+            self._metrics.decoder_busy_seconds.inc(job.duration_s)
             job.request.is_slow |= job.duration_s > _SLOW_S
         self._assign()
 
@@ -230,6 +232,7 @@ class Decoders:
         if self._closed:
             return
         self._decoders.remove(link)
+        self._metrics.decoders.set(len(self._decoders))
         for other in self._decoders:
             other.check_alive()
         status = link.status()

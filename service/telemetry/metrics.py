@@ -58,6 +58,10 @@ class Metrics:
         )
         self.request_bytes = self._histogram("request_bytes", "Bytes of a request's body.", _BYTES, "route")
         self.response_bytes = self._histogram("response_bytes", "Bytes of an answer's body.", _BYTES, "route")
+        self.decoders = self._gauge("decoders", "Decoder processes that run.")
+        self.decoder_busy_seconds = self._counter(
+            "decoder_busy_seconds", "Seconds that decoders took for images; over decoders it is their use."
+        )
         self.decoder_failures = self._counter(
             "decoder_failures", "Decoder processes that ended or hung, and were started again."
         )

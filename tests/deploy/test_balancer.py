@@ -11,6 +11,7 @@ from deploy.checks.names import NameServer
 from deploy.checks.replicas import CONFIGURATION, balancer, find_haproxy, status_of, wait_for
 from deploy.checks.rolling_update import NEEDS_HAPROXY, update
 from service.settings import Settings
+from tests.service.conftest import checkpoint  # noqa: F401
 
 NUM_REQUESTS = 200
 
@@ -59,7 +60,12 @@ def test_without_replicas_it_answers_as_the_service_would(haproxy: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_rolling_update_loses_no_request(haproxy: str, root: Path, configuration: str) -> None:
+def test_a_rolling_update_loses_no_request(
+    haproxy: str,
+    root: Path,
+    configuration: str,
+    checkpoint: Path,  # noqa: F811
+) -> None:
     """Every replica is replaced under load, without a moment between its last mention and its SIGTERM.
 
     `python -m deploy.checks.rolling_update` is the same with 10,000 requests.
@@ -67,7 +73,7 @@ def test_a_rolling_update_loses_no_request(haproxy: str, root: Path, configurati
     (buffer_bytes,) = re.findall(r"tune.bufsize (\d+)", configuration)
     photos = [file.stat().st_size for file in (root / "samples").glob("*.jpg")]
     assert max(photos) < int(buffer_bytes)  # else they would not be sent again
-    settings = {"DRORAE_CPU_WORKERS": "1"}
+    settings = {"DRORAE_CPU_WORKERS": "1", "DRORAE_CHECKPOINT": str(checkpoint)}
     result = update(haproxy, NUM_REQUESTS, in_flight=3, num_replicas=2, pre_stop_s=0, settings=settings)
     assert result.lost == {}
     assert result.num_replaced == 2

@@ -217,6 +217,24 @@ def test_idle_decoders_that_are_stopped_are_found_and_replaced() -> None:
 
 
 @pytest.mark.usefixtures("faulty")
+def test_the_use_of_decoders_is_measured() -> None:
+    async def test(decoders: Decoders, metrics: Metrics) -> None:
+        def value(name: str) -> float:
+            return metrics.registry.get_sample_value(f"drorae_{name}") or 0.0
+
+        assert value("decoders") == decoders.num_processes
+        assert value("decoder_busy_seconds_total") == 0
+        await decoders.decode(parts(png((1, 2, 3)), png((4, 5, 6))), RULES)
+        busy_s = value("decoder_busy_seconds_total")
+        assert busy_s > 0
+        os.kill(pids(decoders)[0], signal.SIGKILL)
+        await until(lambda: value("decoders") == decoders.num_processes - 1)
+        await until(lambda: value("decoders") == decoders.num_processes)
+        assert value("decoder_busy_seconds_total") == busy_s
+
+    run(test)
+
+
 def test_an_image_whose_decoder_was_killed_is_tried_again() -> None:
     async def test(decoders: Decoders, metrics: Metrics) -> None:
         await decoders.decode(parts(png((1, 1, 1))), RULES)

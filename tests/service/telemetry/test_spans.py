@@ -1,5 +1,7 @@
 """Requests arrive at a collector as spans; a collector that is gone costs nothing but the spans."""
 
+import json
+import logging
 import socket
 import sys
 import threading
@@ -8,14 +10,17 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
 
+from drorae_client import Client, ServiceError
 from model.tokenizer import Tokenizer
 from service.app import create_app
 from service.errors import StartError
 from service.settings import Settings
 from service.telemetry import tracing
 from service.telemetry.context import RequestContext
+from service.telemetry.logs import JsonFormatter
 from service.telemetry.tracing import FinishedRequest, Tracing
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -128,6 +133,31 @@ def test_requests_arrive(
     assert unsampled.headers["traceparent"].endswith("-00")
     assert not [span for span in collector.spans if span.name == "POST /reconstruct"]
     assert len({span.span_id for span in collector.spans}) == len(collector.spans)
+
+
+def test_client_log_and_trace_name_the_same_id(
+    serve: Callable[..., Any],
+    tokenizer: Tokenizer,
+    png: bytes,
+    collector: Collector,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The id that the client prints with an error, or returns with a result, finds log line and trace."""
+    app = create_app(Settings(otlp_endpoint=collector.url), tokenizer)
+    with caplog.at_level(logging.INFO), serve(app) as running, Client(str(running.client.base_url)) as client:
+        encoded = client.encode(png)
+        with pytest.raises(ServiceError) as caught:
+            client.decode(np.zeros((1, 3, 2, 2), np.float16))
+    for request_id, status in ((encoded.request_id, 200), (caught.value.request_id, 422)):
+        [line] = [record for record in caplog.records if getattr(record, "request_id", "") == request_id]
+        fields = json.loads(JsonFormatter().format(line))
+        assert (fields["request_id"], fields["status"]) == (request_id, status)
+        [span] = [
+            span for span in collector.spans if span.trace_id.hex() == fields["trace_id"] and span.kind == 2
+        ]
+        assert span.span_id.hex() == fields["span_id"]
+        assert values(span.attributes)["drorae.request_id"] == request_id
+    assert f"[request {caught.value.request_id}]" in str(caught.value)
 
 
 def test_failures_are_marked(collector: Collector) -> None:
