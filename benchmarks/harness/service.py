@@ -72,6 +72,10 @@ class Service:
         """CPU time since the start, seconds: user and system, children that have ended included."""
         return self._total(lambda pid: sum(map(int, _stat(pid)[11:15]))) / _TICKS_PER_S
 
+    def own_cpu_seconds(self) -> float:
+        """CPU time of the process alone, seconds: its decoders are others."""
+        return sum(map(int, _stat(self.pid)[11:13])) / _TICKS_PER_S
+
     def metrics(self) -> dict[tuple[str, Labels], float]:
         """Every sample of ``/metrics`` by name and labels.
 
