@@ -149,6 +149,11 @@ class Tokenizer(NormalizesLatents):
         """Which implementation of the fusion runs: triton, folded or reference; ``none`` without fusion."""
         return "none" if self.fusion is None else self.fusion.path
 
+    @property
+    def has_router(self) -> bool:
+        """Whether `router_weights` is possible: there is a fusion that has a router."""
+        return self.fusion is not None and self.fusion.has_router
+
     @torch.no_grad()
     def encode(self, images: Images, latent: LatentKind = "enriched", normalize: bool = False) -> Tensor:
         """Tokenize images.
@@ -203,6 +208,28 @@ class Tokenizer(NormalizesLatents):
     def reconstruct(self, images: Images, latent: LatentKind = "enriched") -> Tensor:
         """``decode(encode(images))``: images as for `encode` to [B, 3, S, S] in [0, 1]."""
         return self.decode(self.encode(images, latent))
+
+    @torch.no_grad()
+    def router_weights(self, images: Images) -> Tensor:
+        """The weights that the fusion's router gives each layer at each position; images as for `encode`.
+
+        Returns:
+            [B, L, h, w], shallow to deep. A negative weight suppresses its layer.
+
+        Raises:
+            FusionError: the tokenizer has no router.
+            ImageError: as `encode` does.
+        """
+        return self.routing(checked_images(images, self.config.image_size))
+
+    @torch.no_grad()
+    def routing(self, images: Tensor) -> Tensor:
+        """`router_weights` without the checks of values, which wait for the device."""
+        if self.fusion is None or not self.has_router:
+            raise FusionError(f"tokenizer {self.config.name!r} has no router")
+        hidden_states = self.encoder(self.preprocess(self._unit_range(images)))
+        weights_BNL = self.fusion.router_weights(hidden_states)
+        return weights_BNL.transpose(1, 2).unflatten(2, self.config.latent_shape[1:]).contiguous()
 
     def tokens(self, images: Tensor, latent: LatentKind = "enriched") -> Tensor:
         """Differentiable encode: images [B, 3, S, S] in [0, 1] to latent tokens [B, N, C]."""

@@ -157,6 +157,11 @@ class Fusion(Freezable):
         """Which implementation runs on hidden states that need no gradient."""
         return "reference" if self._prepared is None else self._prepared.path
 
+    @property
+    def has_router(self) -> bool:
+        """Whether a router weighs the layers; the cross-attention ablation has none."""
+        return isinstance(self.mixer, ExpertMixer)
+
     def problem(self, dtype: torch.dtype) -> FusionProblem:
         """This fusion's sizes and options, for `kernels.dispatch.choose_path`."""
         return FusionProblem(
@@ -164,7 +169,7 @@ class Fusion(Freezable):
             width=self.width,
             hidden_width=self.config.hidden_width,
             dtype=dtype,
-            has_experts=isinstance(self.mixer, ExpertMixer),
+            has_experts=self.has_router,
         )
 
     def prepare(self, path: FusionPath, device: torch.device, dtype: torch.dtype) -> None:
@@ -222,13 +227,15 @@ class Fusion(Freezable):
         return normalized[-1], self.mixer(selected, normalized)
 
     def router_weights(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """Router weights w of every token, [B, N, L], for analysis.
+        """Router weights w of every token, [B, N, L], as the implementation that runs computes them.
 
         Raises:
             TypeError: the fusion is the cross-attention ablation, which has no router.
         """
         if not isinstance(self.mixer, ExpertMixer):
             raise TypeError("the cross_attention mixer has no router weights")
+        if self._prepared is not None and not any(state.requires_grad for state in hidden_states):
+            return self._prepared.fuse(hidden_states[-self.config.num_layers :]).router_weights
         return self.mixer.route(*self._select(hidden_states))
 
     def forget_derived(self) -> None:

@@ -20,23 +20,6 @@ from service.codecs.schemas import (
 from service.http.middleware import PUBLIC_PATHS, TIMEOUT_HEADER, TIMEOUT_PATTERN
 from service.http.problems import PROBLEM_MEDIA_TYPE
 
-DOCS_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>DRoRAE</title>
-<link rel="stylesheet" href="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui.css">
-</head>
-<body>
-<div id="swagger-ui"></div>
-<script src="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})</script>
-</body>
-</html>
-"""
-"""Swagger UI, which reads the document from beside it."""
-
 _DESCRIPTION = (
     "Image tokenizer: images to latents, enriched by fusing the layers of a frozen vision transformer, "
     "and back. "

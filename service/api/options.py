@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from model.tokenizer import Tokenizer
-from service.codecs.schemas import CommonOptions, EncodeOptions, PictureOutOptions
+from service.codecs.media_types import JSON
+from service.codecs.schemas import CommonOptions, EncodeOptions, PictureOutOptions, ReconstructOptions
 from service.errors import OptionError, describe_validation
 
 Options = TypeVar("Options", bound=CommonOptions)
@@ -74,6 +75,23 @@ def check_statistics(tokenizer: Tokenizer) -> None:
     """
     if not tokenizer.has_statistics:
         raise OptionError("Latents cannot be normalised: this checkpoint has no latent statistics.")
+
+
+def check_json_extras(options: ReconstructOptions, media_type: str, tokenizer: Tokenizer) -> None:
+    """Refuse router weights and originals where the answer, or the model, has none.
+
+    Raises:
+        OptionError: ``router`` or ``originals`` is impossible.
+    """
+    for name in ("router", "originals"):
+        if getattr(options, name) and media_type != JSON:
+            raise OptionError(f"The option {name} needs format=json: no other answer has room for it.")
+    if options.router is None:
+        return
+    if not tokenizer.has_router:
+        raise OptionError("The option router is impossible: this model has no router.")
+    if options.latent == "base":
+        raise OptionError("The option router needs latent=enriched: the base latent is not mixed of layers.")
 
 
 def check_picture_size(options: PictureOutOptions, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from model.images.tensors import dtype_name
 from service.api.options import (
+    check_json_extras,
     check_normalize,
     check_picture_size,
     check_scaling,
@@ -16,7 +17,14 @@ from service.api.options import (
 )
 from service.api.parts import parts_of
 from service.api.steps import admit, answer, compute, decode_images, decode_latents, read
-from service.codecs.answers import Origin, latent_dtype, latents_answer, offered_pictures, pictures_answer
+from service.codecs.answers import (
+    Origin,
+    latent_dtype,
+    latents_answer,
+    offered_pictures,
+    pictures_answer,
+    reconstructions_answer,
+)
 from service.codecs.media_types import JSON, LATENT_MEDIA_TYPES, choose
 from service.codecs.requests import declared_items
 from service.codecs.schemas import (
@@ -28,7 +36,7 @@ from service.codecs.schemas import (
     Limits,
     ReconstructOptions,
 )
-from service.engine.operations import DECODE, ENCODE, RECONSTRUCT, BatchKey
+from service.engine.operations import DECODE, ENCODE, RECONSTRUCT, ROUTE, BatchKey
 from service.telemetry.metrics import METRICS_MEDIA_TYPE
 
 _QUICK_NUMBERS = 400_000  # narrowed and copied in under 0.2 ms: as long as asking a thread takes
@@ -90,7 +98,8 @@ async def reconstruct(request: Request) -> Response:
     """Encode images and decode the latents again.
 
     Takes what `/encode` takes and answers as `/decode` does; the JSON answer also has PSNR and
-    SSIM of each picture against the fitted original.
+    SSIM of each picture against the fitted original and, where options ask for them, the weights
+    by which the fusion's router mixed the layers, and the fitted originals themselves.
     """
     options = read_options(ReconstructOptions, request)
     parts = parts_of(request)
@@ -98,13 +107,18 @@ async def reconstruct(request: Request) -> Response:
     check_scaling(options)
     check_picture_size(options, tokenizer)
     media_type = choose(options.format, request.headers.get("accept"), offered_pictures(options))
+    check_json_extras(options, media_type, tokenizer)
     num_items = declared_items(options, parts.settings.max_items_per_request)
     async with admit(request, RECONSTRUCT, num_items) as place:
         payload = await read(request, place, num_items)
         images = await decode_images(request, place, options, payload, tokenizer)
+        weights = None
+        if options.router is not None:
+            weights = await compute(request, place, BatchKey(ROUTE), images, media_type)
         key = BatchKey(RECONSTRUCT, options.latent)
         pictures = await compute(request, place, key, images, media_type)
-        write = partial(pictures_answer, pictures, media_type, options, Origin.of(tokenizer), images)
+        origin = Origin.of(tokenizer)
+        write = partial(reconstructions_answer, pictures, images, weights, media_type, options, origin)
         return await answer(request, place, write)
 
 

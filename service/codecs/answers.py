@@ -8,7 +8,7 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from service.codecs.schemas import (
     PictureOutOptions,
     PicturesOut,
     ReconstructionsOut,
+    ReconstructOptions,
 )
 from service.errors import OptionError
 
@@ -110,7 +111,7 @@ def latents_answer(
             shape=list(narrowed.shape),
             latents=[],
         )
-        return Answer(write_document(document, "latents", write_numbers(narrowed)), JSON)
+        return Answer(write_document(document, {"latents": write_numbers(narrowed)}), JSON)
     metadata = {
         **origin.metadata(),
         "normalized": str(options.normalize).lower(),
@@ -151,7 +152,6 @@ def pictures_answer(
     media_type: str,
     options: PictureOutOptions,
     origin: Origin,
-    originals: Sequence[Tensor] = (),
 ) -> Answer:
     """Pictures [N, 3, S, S] in [0, 1] as an answer.
 
@@ -160,19 +160,50 @@ def pictures_answer(
         media_type: as negotiated; several pictures under an image type become a zip of that type.
         options: type, range and layout of picture tensors.
         origin: which model made them.
-        originals: images [3, S, S], uint8 or in [0, 1]; when given, a JSON answer says how close the two
-            are.
     """
     if media_type in (SAFETENSORS, NPY, RAW):
         return _tensor_answer("images", picture_tensor(pictures, options), media_type, origin.metadata())
-    fallback: PictureFormat = "jpeg" if options.image_format == "jpg" else "png"
-    picture_format = _PICTURE_FORMATS.get(media_type, fallback)
+    picture_format = _PICTURE_FORMATS.get(media_type, _fallback_format(options))
     files = [write_picture(pixels, picture_format) for pixels in pictures]
     if media_type == JSON:
-        return _json_pictures(files, picture_format, origin, pictures, originals)
+        fields = PicturesOut(**_json_fields(options, origin))
+        return Answer(write_document(fields, {"images": write_files(files)}), JSON)
     if media_type == ZIP or len(files) > 1:
         return Answer(_zip(files, _EXTENSIONS[picture_format]), ZIP)
     return Answer(files[0], media_type)
+
+
+def reconstructions_answer(
+    pictures: Tensor,
+    originals: Sequence[Tensor],
+    router_weights: Tensor | None,
+    media_type: str,
+    options: ReconstructOptions,
+    origin: Origin,
+) -> Answer:
+    """Reconstructions [N, 3, S, S] in [0, 1] as an answer; JSON says how close they are to the originals.
+
+    Args:
+        pictures: results of the model.
+        originals: the images that went into it, each [3, S, S], uint8 or in [0, 1].
+        router_weights: [N, L, h, w], where the options ask for them.
+        media_type: as for `pictures_answer`.
+        options: what else JSON tells, and the form of picture tensors.
+        origin: which model made them.
+    """
+    if media_type != JSON:
+        return pictures_answer(pictures, media_type, options, origin)
+    fields = {**_json_fields(options, origin), **_closeness(pictures, originals)}
+    picture_format = _fallback_format(options)
+    lists = {"images": write_files(write_picture(pixels, picture_format) for pixels in pictures)}
+    if options.originals:
+        units = (to_unit(pixels) for pixels in originals)
+        lists["originals"] = write_files(write_picture(pixels, picture_format) for pixels in units)
+    if router_weights is not None:
+        fields["router_mean"] = router_weights.mean(dim=(2, 3)).tolist()
+        if options.router == "maps":
+            lists["router_maps"] = write_numbers(router_weights)
+    return Answer(write_document(ReconstructionsOut(**fields), lists), JSON)
 
 
 def picture_tensor(pictures: Tensor, options: PictureOutOptions) -> Tensor:
@@ -212,22 +243,19 @@ def _tensor_answer(name: str, tensor: Tensor, media_type: str, metadata: Mapping
     return Answer(content, media_type, headers)
 
 
-def _json_pictures(
-    files: list[bytes],
-    picture_format: PictureFormat,
-    origin: Origin,
-    pictures: Tensor,
-    originals: Sequence[Tensor],
-) -> Answer:
-    document = PicturesOut(
-        model=origin.model,
-        checkpoint_sha256=origin.checkpoint_sha256,
-        image_format="jpeg" if picture_format == "jpeg" else "png",
-        images=[],
-    )
-    if originals:
-        document = ReconstructionsOut(**document.model_dump(), **_closeness(pictures, originals))
-    return Answer(write_document(document, "images", write_files(files)), JSON)
+def _fallback_format(options: PictureOutOptions) -> PictureFormat:
+    """Of picture files where the media type names none."""
+    return "jpeg" if options.image_format == "jpg" else "png"
+
+
+def _json_fields(options: PictureOutOptions, origin: Origin) -> dict[str, Any]:
+    """Fields of `PicturesOut`."""
+    return {
+        "model": origin.model,
+        "checkpoint_sha256": origin.checkpoint_sha256,
+        "image_format": _fallback_format(options),
+        "images": [],
+    }
 
 
 def _closeness(pictures: Tensor, originals: Sequence[Tensor]) -> dict[str, list[float | None]]:

@@ -9,6 +9,7 @@ NumberName = Literal["uint8", "float16", "bfloat16", "float32"]
 RangeName = Literal["signed", "unit"]
 FitName = Literal["crop", "pad", "stretch"]
 LatentName = Literal["enriched", "base"]
+RouterName = Literal["mean", "maps"]
 LatentFormat = Literal["safetensors", "npy", "json", "raw"]
 PictureAnswerFormat = Literal["png", "jpeg", "jpg", "webp", "zip", "safetensors", "npy", "json", "raw"]
 
@@ -122,6 +123,13 @@ class DecodeOptions(PictureOutOptions):
 class ReconstructOptions(ImageInOptions, PictureOutOptions):
     """Options of ``/reconstruct``."""
 
+    router: RouterName | None = Field(
+        None,
+        description="As JSON, also the weights that the fusion's router gives the layers: mean for the mean "
+        "of each layer over the picture, maps for that and the weight at each position of the latent.",
+    )
+    originals: bool = Field(False, description="As JSON, also the fitted images that went into the model.")
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -180,6 +188,17 @@ class ReconstructionsOut(PicturesOut):
         description="Peak signal-to-noise ratio of each image, dB; null where it is infinite."
     )
     ssim: list[float] = Field(description="Structural similarity of each image, at most 1.")
+    router_mean: list[list[float]] = Field(
+        [],
+        description="With router: [N, L], each image's mean router weight of each layer that /info lists; a "
+        "negative one suppresses its layer.",
+    )
+    router_maps: list[list[list[list[float]]]] = Field(
+        [], description="With router=maps: [N, L, h, w], the router weights at each position of the latent."
+    )
+    originals: list[Base64Text] = Field(
+        [], description="With originals: the fitted images, as files in base64, in the order of the request."
+    )
 
 
 class Limits(_Document):

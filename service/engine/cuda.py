@@ -52,7 +52,7 @@ class CudaRunner:
 
     def warm(self) -> Mapping[Operation, float]:
         pool = torch.cuda.graph_pool_handle()
-        keys = [key for operation in OPERATIONS for key in operation.keys(self._tokenizer.has_statistics)]
+        keys = [key for operation in OPERATIONS for key in operation.keys(self._tokenizer)]
         with torch.cuda.device(self._device), torch.inference_mode(), torch.cuda.stream(self._compute):
             for key in keys:
                 example = torch.stack([key.operation.sample(self._tokenizer)] * self.buckets[-1])

@@ -21,23 +21,25 @@ class Operation:
     """One operation.
 
     Attributes:
-        name: label in metrics, and the route's path.
+        name: label in metrics, and the path of the route that has it alone.
         takes: kind of its items, images [3, S, S] or latents [C, h, w].
-        gives: kind of its results, latents [C, h, w] or pictures [3, S, S].
+        gives: kind of its results: latents [C, h, w], pictures [3, S, S], or router weights [L, h, w].
         run: computes a batch, and checks the values of its input.
         run_unchecked: the same without these checks, which would wait for a GPU.
     """
 
     name: str
     takes: Literal["images", "latents"]
-    gives: Literal["latents", "pictures"]
+    gives: Literal["latents", "pictures", "weights"]
     run: Run
     run_unchecked: Run
 
-    def keys(self, has_statistics: bool) -> "list[BatchKey]":
-        """Every kind of batch, with the plain one first, for a tokenizer with or without statistics."""
+    def keys(self, tokenizer: Tokenizer) -> "list[BatchKey]":
+        """Every kind of batch that the tokenizer can run, the plain one first."""
+        if self.gives == "weights":
+            return [BatchKey(self)] if tokenizer.has_router else []
         keys = [BatchKey(self)]
-        if has_statistics and "latents" in (self.takes, self.gives):
+        if tokenizer.has_statistics and "latents" in (self.takes, self.gives):
             keys.append(BatchKey(self, normalize=True))
         if self.takes == "images":
             keys.append(BatchKey(self, "base"))
@@ -52,8 +54,13 @@ class Operation:
 
     def result_bytes(self, tokenizer: Tokenizer) -> int:
         """Size of one result, float32."""
-        side = tokenizer.config.image_size
-        shape = tokenizer.config.latent_shape if self.gives == "latents" else (3, side, side)
+        config = tokenizer.config
+        channels, *grid = config.latent_shape
+        shape = {
+            "latents": (channels, *grid),
+            "pictures": (3, config.image_size, config.image_size),
+            "weights": (len(config.fused_layers), *grid),
+        }[self.gives]
         return math.prod(shape) * torch.float32.itemsize
 
 
@@ -93,4 +100,11 @@ RECONSTRUCT = Operation(
     run=lambda tokenizer, batch, key: tokenizer.reconstruct(batch, latent=key.latent),
     run_unchecked=lambda tokenizer, batch, key: tokenizer.pixels(tokenizer.latents(batch, key.latent)),
 )
-OPERATIONS = (ENCODE, DECODE, RECONSTRUCT)
+ROUTE = Operation(
+    "route",
+    takes="images",
+    gives="weights",
+    run=lambda tokenizer, batch, key: tokenizer.router_weights(batch),
+    run_unchecked=lambda tokenizer, batch, key: tokenizer.routing(batch),
+)
+OPERATIONS = (ENCODE, DECODE, RECONSTRUCT, ROUTE)

@@ -15,10 +15,11 @@ _MEASURE_S = 2.0
 
 
 def measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
-    """Seconds that one batch of the largest bucket takes, by operation."""
+    """Seconds that one batch of the largest bucket takes, by operation that the tokenizer can run."""
     return {
         operation: _best_s(runner, tokenizer, BatchKey(operation), runner.buckets[-1], _MEASURE_S)
         for operation in OPERATIONS
+        if operation.keys(tokenizer)
     }
 
 

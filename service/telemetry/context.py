@@ -63,8 +63,12 @@ class RequestContext:
         return time.monotonic() - self.started_s
 
     def server_timing(self) -> str:
-        """The ``Server-Timing`` header: milliseconds by stage and in total."""
-        durations = [(stage.name, stage.duration_s) for stage in self.stages]
-        return ", ".join(
-            f"{name};dur={seconds * 1000:.1f}" for name, seconds in [*durations, ("total", self.elapsed_s())]
-        )
+        """The ``Server-Timing`` header: milliseconds by stage and in total.
+
+        A stage that came twice, such as ``device`` where the model ran twice, is told as one.
+        """
+        durations: dict[str, float] = {}
+        for stage in self.stages:
+            durations[stage.name] = durations.get(stage.name, 0.0) + stage.duration_s
+        durations["total"] = self.elapsed_s()
+        return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in durations.items())

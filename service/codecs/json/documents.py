@@ -1,4 +1,4 @@
-"""JSON objects with one long list and a few fields beside it, in and out.
+"""JSON objects with a long list and a few fields beside it, in and out.
 
 Python's values take up to a hundred times the bytes of the JSON that they come from, and a parser keeps the
 interpreter until it is done. So the list is set apart as it stands, for a reader that knows its items and
@@ -9,7 +9,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -74,19 +74,20 @@ def read_document(
     return _parse(document, data[start : found.end()] + placeholder + data[end:]), items
 
 
-def write_document(fields: BaseModel, name: str, pieces: Iterable[bytes]) -> bytes:
-    """Write a JSON object of which one field is a long list.
+def write_document(fields: BaseModel, lists: Mapping[str, Iterable[bytes]]) -> bytes:
+    """Write a JSON object of which some fields are long lists.
 
     Args:
-        fields: the other fields; a value under ``name`` is left out.
-        name: of the field with the long list.
-        pieces: the text between the list's brackets.
+        fields: the other fields, those that were set; values under the lists' names are left out.
+        lists: by the name of the field, the text between the list's brackets in pieces.
     """
     text = io.BytesIO()  # grows in place, and gives what it holds without a copy
-    text.write(to_json(fields.model_dump(exclude={name})).removesuffix(b"}"))
-    text.write(b',"%s":[' % name.encode())
-    text.writelines(pieces)
-    text.write(b"]}")
+    text.write(to_json(fields.model_dump(exclude=set(lists), exclude_unset=True)).removesuffix(b"}"))
+    for name, pieces in lists.items():
+        text.write(b',"%s":[' % name.encode())
+        text.writelines(pieces)
+        text.write(b"]")
+    text.write(b"}")
     return text.getvalue()
 
 

@@ -93,7 +93,7 @@ def test_what_looks_like_json() -> None:
 
 
 def test_writing() -> None:
-    text = write_document(Fields(items=[5, 6], name="é"), "items", [b"1,", b"2"])
+    text = write_document(Fields(items=[5, 6], name="é"), {"items": [b"1,", b"2"]})
     assert json.loads(text) == {"name": "é", "items": [1, 2]}
 
 
