@@ -11,12 +11,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
 from model.tokenizer import Tokenizer
 from service.api.endpoints import ENDPOINTS
-from service.api.openapi import DOCS_PAGE, describe
+from service.api.openapi import describe
 from service.api.parts import Parts
 from service.api.routes import service_version
 from service.codecs.media_types import JSON
@@ -31,12 +31,12 @@ from service.http.middleware import (
     RequestMiddleware,
 )
 from service.http.problems import answer_http_exception
+from service.pages.routes import DOCS_PATH, PAGE_PATH, page_routes
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import TRACE_HEADERS, Tracing, find_tracing
 
 _LAST_BATCH_S = 0.3
-_DOCS_PATH = "/docs"
 _CORS_METHODS = ("GET", "HEAD", "POST")
 _CORS_ALLOWED = ("Authorization", "Content-Type", REQUEST_ID_HEADER, TIMEOUT_HEADER, *TRACE_HEADERS)
 _CORS_EXPOSED = ("shape", "dtype", REQUEST_ID_HEADER, "Server-Timing", "Retry-After", *TRACE_HEADERS)
@@ -86,7 +86,7 @@ def create_app(
             await asyncio.to_thread(tracing.close)
 
     app = Starlette(
-        routes=_routes(keys.required),
+        routes=_routes(keys.required, settings.page == "on"),
         middleware=_middleware(settings, parts, keys, tracing),
         exception_handlers={HTTPException: answer_http_exception},
         lifespan=lifespan,
@@ -96,19 +96,16 @@ def create_app(
     return app
 
 
-def _routes(keys_required: bool) -> list[Route]:
+def _routes(keys_required: bool, with_page: bool) -> list[BaseRoute]:
     document = functools.cache(lambda: json.dumps(describe(service_version(), keys_required)))
 
     async def openapi(request: Request) -> Response:
         return Response(document(), media_type=JSON)
 
-    async def docs(request: Request) -> Response:
-        return HTMLResponse(DOCS_PAGE)
-
     return [
         *(Route(endpoint.path, endpoint.handler, methods=[endpoint.method]) for endpoint in ENDPOINTS),
         Route("/openapi.json", openapi),
-        Route(_DOCS_PATH, docs),
+        *page_routes(with_page),
     ]
 
 
@@ -119,7 +116,7 @@ def _middleware(settings: Settings, parts: Parts, keys: ApiKeys, tracing: Tracin
             RequestMiddleware,
             request_timeout_s=settings.request_timeout_s,
             metrics=parts.metrics,
-            routes=[*(endpoint.path for endpoint in ENDPOINTS), _DOCS_PATH],
+            routes=[*(endpoint.path for endpoint in ENDPOINTS), PAGE_PATH, DOCS_PATH],
             tracing=tracing,
             is_closing=lambda: parts.engine.closing,
         )

@@ -239,6 +239,11 @@ class Settings(BaseSettings):
         None,
         description="File of further keys, one a line, # begins a comment; read again when it changes.",
     )
+    page: Literal["on", "off"] = Field(
+        "on",
+        description="Whether / shows browsers the page that tries the service on a photo. Off, they get the "
+        "lines for curl.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Origins whose web pages may call the service, separated by commas, or *; "

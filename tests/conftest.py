@@ -38,6 +38,7 @@ SLOW = (
     "model/interop/test_from_diffusers.py",
     "model/interop/test_to_diffusers.py",
     "service/engine/test_engine.py",
+    "service/pages/test_page.py",
     "service/photos/test_pool.py",
     "service/test_server.py",
     "service/test_start.py",

@@ -40,6 +40,7 @@ ROOMS = {
         __main__ -> server -> app -> api -> codecs -> codecs/json, photos -> telemetry -> settings, errors
         app, server, api -> http -> telemetry
         app, server, api -> engine -> telemetry
+        app -> pages -> codecs
         http, engine -> settings, errors
         __main__ -> startup
     """,
@@ -72,7 +73,7 @@ SEPARATE = {"cli/commands", "cli/commands/generators", "cli/commands/latents"}
 # Which packages and rooms may import a library that says something of its user.
 LIBRARIES = {
     "fastapi": "benchmarks",
-    "starlette": "service/app service/server service/api service/http benchmarks",
+    "starlette": "service/app service/server service/api service/http service/pages benchmarks",
     "uvicorn": "service/server service/http benchmarks",
     "httptools": "service/http",
     "httpx": "cli/remote drorae_client benchmarks",

@@ -139,6 +139,7 @@ async def info(request: Request) -> Response:
         ),
         layers=list(config.fused_layers),
         num_layers=config.encoder.depth,
+        router=tokenizer.has_router,
         beta=config.fusion.beta if config.fusion else None,
         dtype=dtype_name(tokenizer.dtype),
         device=str(tokenizer.device),

@@ -238,6 +238,7 @@ class Info(_Document):
     latent: LatentInfo
     layers: list[int] = Field(description="1-based numbers of the encoder's blocks that are fused.")
     num_layers: int = Field(description="Blocks of the encoder.")
+    router: bool = Field(description="Whether the option router of /reconstruct is possible.")
     beta: float | None = Field(description="Size of the incremental correction; null without fusion.")
     dtype: str = Field(description="Type of weights and activations.")
     device: str = Field(description="Where the model runs.")

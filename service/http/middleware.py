@@ -35,6 +35,9 @@ TIMEOUT_PATTERN = r"^(?=.*[1-9])[0-9]{1,15}(\.[0-9]{1,15})?$"
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
 """Paths of probes, which need no key."""
 
+_PAGES = re.compile(r"/|/page/.*|/docs(/.*)?")
+"""Paths of static pages, which hold nothing that is not public and ask for a key themselves."""
+
 SLICE_BYTES = 64 * 1024
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
@@ -196,6 +199,7 @@ class GateMiddleware:
         if (
             self._keys.required
             and scope["path"] not in PUBLIC_PATHS
+            and not (scope["method"] in ("GET", "HEAD") and _PAGES.fullmatch(scope["path"]))
             and not self._keys.allow([value for name, value in scope["headers"] if name == b"authorization"])
         ):
             raise UnauthorizedError("This needs a key that is known here, as 'Authorization: Bearer KEY'.")

@@ -185,7 +185,7 @@ def test_over_a_socket(
         for path in ("/livez", "/readyz"):
             assert client.get(path).status_code == client.head(path).status_code == 200
         for method, path in (
-            *(("GET", path) for path in ("/metrics", "/docs", "/openapi.json", "/info", "/nowhere")),
+            *(("GET", path) for path in ("/metrics", "/openapi.json", "/info", "/nowhere")),
             *(("POST", path) for path in ("/encode", "/decode", "/reconstruct")),
             ("OPTIONS", "/encode"),
         ):

@@ -29,7 +29,7 @@ ORIGIN = "https://app.example"
     ("method", "path", "options", "status"),
     [
         ("GET", "/livez", {}, 200),
-        ("GET", "/docs", {}, 200),
+        ("GET", "/openapi.json", {}, 200),
         ("GET", "/nowhere", {}, 404),
         ("GET", "/encode", {}, 405),
         ("POST", "/encode", {"content": b""}, 400),
