@@ -78,13 +78,15 @@ RUN python -m pip --python /opt/drorae/bin/python install --no-deps --no-index -
 
 # What runs. The root may be read-only: only /tmp is written to, and with CUDA also Triton's cache.
 FROM ${PYTHON_IMAGE} AS runtime
+ARG PYTHON_IMAGE
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="DRoRAE" \
       org.opencontainers.image.description="Image tokenizer service: images to enriched latents, and back" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}"
 # A number, so that an orchestrator can see that it is not root.
 RUN groupadd --gid 10001 drorae \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin drorae

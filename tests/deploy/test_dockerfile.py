@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from deploy.checks.dockerfile import (
     parse_dockerfile,
     substitute,
 )
+from deploy.checks.sizes import requirements, size_of
 
 TARGETS = ("cpu", "cuda")
 
@@ -59,6 +62,50 @@ def test_the_cpu_image_is_the_default(dockerfile: Dockerfile) -> None:
 def test_every_base_is_pinned_to_a_patch_version(dockerfile: Dockerfile) -> None:
     bases = {dockerfile.external_base(stage.name) for stage in dockerfile.stages}
     assert bases == {"python:3.11.15-slim-bookworm"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_labels_say_which_version_of_what_it_is(dockerfile: Dockerfile, root: Path, target: str) -> None:
+    found = [instruction for stage in dockerfile.lineage(target) for instruction in stage.instructions]
+    values = dict(dockerfile.arguments)
+    for instruction in found:
+        if instruction.keyword == "ARG":
+            values |= assignments(instruction.value)
+    (labels,) = [assignments(one.value) for one in found if one.keyword == "LABEL"]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    expected = {
+        "title": "DRoRAE",
+        "licenses": project["license"],
+        "version": project["version"],
+        "revision": "unknown",
+        "base.name": dockerfile.arguments["PYTHON_IMAGE"],
+    }
+    named = {name.removeprefix("org.opencontainers.image."): text for name, text in labels.items()}
+    assert expected.items() <= {name: substitute(text, values) for name, text in named.items()}.items()
+
+
+def test_the_size_counts_what_the_image_installs(dockerfile: Dockerfile, tmp_path: Path) -> None:
+    """The lock files that the Dockerfile names, and of torch all but the folders that it deletes."""
+    assert "triton==" in " ".join(requirements("cuda"))
+    assert "nvidia-" in " ".join(requirements("cuda"))
+    assert not [line for line in requirements("cpu") if line.startswith(("triton==", "nvidia-"))]
+    wheel = tmp_path / "torch-1.0-py3-none-any.whl"
+    files = {
+        "torch/lib/a.so": 1000,
+        "torch/a.py": 10,
+        "torch/include/a.h": 7,
+        "torch/bin/test_a": 7,
+        "torch/bin/torch_shm_manager": 100,
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, size in files.items():
+            archive.writestr(name, b"0" * size)
+    assert size_of(wheel) == ("torch", wheel.stat().st_size, 1000 + 2 * 10 + 100)
+    for target in TARGETS:
+        removing = str(dockerfile.stage(f"environment-{target}").last("RUN"))
+        for folder in ("include", "test", "share"):
+            assert f'"$torch/{folder}"' in removing
+        assert "torch_shm_manager" in removing
 
 
 @pytest.mark.parametrize("target", TARGETS)
