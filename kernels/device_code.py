@@ -2,28 +2,24 @@
 
 `measure` reads each hidden state: LayerNorm statistics, its share of the router's logits, and the norm
 of the expert's output without the output (``|a|^2`` and ``s^2`` are weighted sums of squares of one
-projection, the folded basis). `route` makes router weights of the logits. `combine` is then one matrix
-product of depth L * C whose left operand is normalised and weighted on its way from shared memory to
-the tensor cores. `finish` adds the splits up and applies the last norms.
+projection, the folded basis). `route` makes router weights of the logits, and of weights and norms the
+factor that each layer's output takes. `combine` is then one matrix product of depth L * C, of the raw
+tokens: between two layers the sum so far is scaled by the ratio of their factors. `finish` adds the
+splits up and applies the last norms.
 
-The hidden states come as a tuple of pointers, one per layer, and are read where the encoder wrote them.
-Every row of every product belongs to one token, so a non-finite token spoils only itself.
+The hidden states lie evenly apart in one buffer, and are read where the encoder wrote them. Raw tokens go
+into every product: their mean leaves by the sums of the rounded rows. Every row of every product belongs
+to one token, so a non-finite token spoils only itself.
 
-Shape legend: T tokens, L layers, P logit columns (L padded), C token width, R rows of a basis;
-BM x BN output tiles, BK depth of a step. Vectors and accumulators are float32.
+Shape legend: T tokens, L layers, P logit columns (L padded), C token width, R rows of a basis; BM x BN
+output tiles, BK depth of a step; S splits of the basis. Vectors and accumulators are float32.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _select(pointers, index):
-    """Pointer number ``index`` of a tuple, for an index known only at run time."""
-    chosen = pointers[0]
-    for i in tl.static_range(1, len(pointers)):
-        chosen = tl.where(index == i, pointers[i], chosen)
-    return chosen
+NOT_SPECIALIZED = ["num_tokens", "tokens_per_image"]
+"""Compiled once for all: 196 or 729 tokens per image would else compile anew in the middle of traffic."""
 
 
 @triton.jit
@@ -57,29 +53,33 @@ def _round(values, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return values.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def measure(
-    hidden_states,
-    router_ptr,  # [L, P, C]
-    router_sum_ptr,  # [L, P]
+    states_ptr,
+    router_ptr,  # [L, TERMS * P, C]
+    router_sum_ptr,  # [L, TERMS * P]
     cross_ptr,  # [L, C]
     basis_ptr,  # [L, R, C]
     basis_sum_ptr,  # [L, R]
     basis_energy_ptr,  # [L, R]
-    constants_ptr,  # [L, 3]: hidden_scale, output_eps, |shift|^2
     logits_ptr,  # out [L, T, P]
     mean_ptr,  # out [L, T]
-    scale_ptr,  # out [L, T]
-    tail_ptr,  # out [L, T]
+    rstd_ptr,  # out [L, T]
+    overlap_ptr,  # out [L, T]
+    energy_ptr,  # out [2, S, L, T]
     num_tokens,
     tokens_per_image,
     stride_image,
     stride_token,
+    stride_layer,
     norm_eps,
-    hidden_eps,
+    L: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
+    TERMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COLUMNS_PER_SPLIT: tl.constexpr,
     ROUTER_NORM: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,21 +87,22 @@ def measure(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Per token and layer: mean, logits, and the factors of ``z - mean`` (scale) and ``shift`` (tail).
-
-    With ``p = basis x``: ``s^2 = hidden_scale |p|^2 + hidden_eps`` and
-    ``|a|^2 = sum_i energy_i p_i^2 + 2 s (cross . x) + s^2 |shift|^2``.
+    """Per token and layer, with x the normalised token: mean, 1 / deviation, logits, ``cross . x``; and of
+    one split's rows of ``p = basis x`` the sums ``|p|^2`` and ``sum_i energy_i p_i^2``.
     """
     layer = tl.program_id(1)
+    split = tl.program_id(2)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = rows < num_tokens
     ks = tl.arange(0, BK)
     ns = tl.arange(0, BN)
     columns = tl.arange(0, P)
+    terms = tl.arange(0, TERMS * P)
     offsets = _token_offsets(rows, tokens_per_image, stride_image, stride_token)
-    tokens = _select(hidden_states, layer) + offsets[:, None] + ks[None, :]
-    router = router_ptr + layer * P * C + columns[None, :] * C + ks[:, None]
-    basis = basis_ptr + layer * R * C + ns[None, :] * C + ks[:, None]
+    tokens = states_ptr + layer.to(tl.int64) * stride_layer + offsets[:, None] + ks[None, :]
+    router = router_ptr + layer * TERMS * P * C + terms[None, :] * C + ks[:, None]
+    first = layer * R + split * COLUMNS_PER_SPLIT
+    basis = basis_ptr + first * C + ns[None, :] * C + ks[:, None]
 
     # The first columns of the projection share their reading of the token with everything else that is
     # wanted of it. Sums of deviations from a pivot near the mean do not cancel as plain sums would: the
@@ -110,7 +111,7 @@ def measure(
     deviation = tl.zeros((BM,), tl.float32)
     square = tl.zeros((BM,), tl.float32)
     cross = tl.zeros((BM,), tl.float32)
-    logits = tl.zeros((BM, P), tl.float32)
+    logits = tl.zeros((BM, TERMS * P), tl.float32)
     p = tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
         z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
@@ -123,22 +124,30 @@ def measure(
             cross += tl.sum(centred * tl.load(cross_ptr + layer * C + k + ks)[None, :], axis=1)
     deviation /= C
     mean = pivot + deviation
-    rstd = tl.rsqrt(tl.maximum(square / C - deviation * deviation, 0.0) + norm_eps)
+    variance = tl.maximum(square / C - deviation * deviation, 0.0)
+    # Of a constant token the products hold rounding alone, which the norms would magnify: its x is zero.
+    rstd = tl.where(variance <= mean * mean * 2.0**-40, 0.0, tl.rsqrt(variance + norm_eps))
     at = layer * num_tokens + rows
-    tl.store(mean_ptr + at, mean, mask=valid)
-    # Raw tokens went into the products: their mean leaves by the sums of the rounded rows.
+    # All splits of the basis need mean and deviation, and one of them writes what they found alike.
+    writes = valid & (split == 0)
+    tl.store(mean_ptr + at, mean, mask=writes)
+    tl.store(rstd_ptr + at, rstd, mask=writes)
+    if HAS_SHIFT:
+        tl.store(overlap_ptr + at, rstd * cross, mask=writes)
     if ROUTER_NORM:
-        row_sums = tl.load(router_sum_ptr + layer * P + columns)
+        row_sums = tl.load(router_sum_ptr + layer * TERMS * P + terms)
         logits = rstd[:, None] * (logits - mean[:, None] * row_sums[None, :])
-    tl.store(logits_ptr + at.to(tl.int64)[:, None] * P + columns[None, :], logits, mask=valid[:, None])
+    if TERMS > 1:
+        logits = tl.sum(tl.reshape(logits, (BM, TERMS, P)), axis=1)
+    tl.store(logits_ptr + at.to(tl.int64)[:, None] * P + columns[None, :], logits, mask=writes[:, None])
 
-    sums = basis_sum_ptr + layer * R + ns
-    energies = basis_energy_ptr + layer * R + ns
+    sums = basis_sum_ptr + first + ns
+    energies = basis_energy_ptr + first + ns
     p = rstd[:, None] * (p - mean[:, None] * tl.load(sums)[None, :])
     p *= p
     hidden_energy = tl.sum(p, axis=1)
     product_energy = tl.sum(p * tl.load(energies)[None, :], axis=1)
-    for n in range(BN, R, BN):
+    for n in range(BN, COLUMNS_PER_SPLIT, BN):
         p = tl.zeros((BM, BN), tl.float32)
         for k in range(0, C, BK):
             z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
@@ -147,42 +156,47 @@ def measure(
         p *= p
         hidden_energy += tl.sum(p, axis=1)
         product_energy += tl.sum(p * tl.load(energies + n)[None, :], axis=1)
-
-    variance = hidden_energy * tl.load(constants_ptr + 3 * layer) + hidden_eps
-    energy = product_energy
-    if HAS_SHIFT:
-        energy += 2 * tl.sqrt(variance) * rstd * cross + variance * tl.load(constants_ptr + 3 * layer + 2)
-    floor = variance * tl.load(constants_ptr + 3 * layer + 1)
-    inverse_norm = tl.rsqrt(tl.maximum(energy, 0.0) / C + floor)
-    tl.store(scale_ptr + at, inverse_norm * rstd, mask=valid)
-    if HAS_SHIFT:
-        tl.store(tail_ptr + at, inverse_norm * tl.sqrt(variance), mask=valid)
+    energy = energy_ptr + split * L * num_tokens + at
+    tl.store(energy, hidden_energy, mask=valid)
+    tl.store(energy + SPLITS * L * num_tokens, product_energy, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def route(
     logits_ptr,  # [L, T, P]
     router_bias_ptr,  # [P]
+    constants_ptr,  # [4, L]: hidden_scale, output_eps, |shift|^2, the router's unit
+    energy_ptr,  # [2, S, L, T]
+    overlap_ptr,  # [L, T]
+    rstd_ptr,  # [L, T]
     weights_ptr,  # out [T, L]
-    scale_ptr,  # in and out [L, T]
-    tail_ptr,  # in and out [L, T]
+    scale_ptr,  # out [L, T]
+    tail_ptr,  # out [L, T]
     num_tokens,
     energy_eps,
+    hidden_eps,
     L: tl.constexpr,
     P: tl.constexpr,
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Router weights w; ``measure``'s factors are multiplied by w over its energy, or by its softmax."""
+    """Router weights w; and of each layer's ``z - mean`` (scale) and ``shift`` (tail) the factor in the sum.
+
+    With ``s^2 = hidden_scale |p|^2 + hidden_eps``,
+    ``|a|^2 = sum_i energy_i p_i^2 + 2 s (cross . x) + s^2 |shift|^2``.
+    `combine` divides one layer's scale by the next one's, so none may be zero: see `_bounded`.
+    """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = rows < num_tokens
     columns = tl.arange(0, P)
-    inside = valid[:, None] & (columns < L)[None, :]
+    inside = (rows < num_tokens)[:, None] & (columns < L)[None, :]
     weights = tl.zeros((BM, P), tl.float32) + tl.load(router_bias_ptr + columns)[None, :]
     for layer in range(L):
         at = (layer * num_tokens + rows).to(tl.int64)[:, None] * P + columns[None, :]
-        weights += tl.load(logits_ptr + at, mask=inside, other=0.0)
+        logits = tl.load(logits_ptr + at, mask=inside, other=0.0)
+        weights += logits * tl.load(constants_ptr + 3 * L + layer)
     if SOFTMAX:
         weights = tl.where((columns < L)[None, :], weights, float("-inf"))
         weights = tl.exp(weights - tl.max(weights, axis=1)[:, None])
@@ -191,16 +205,46 @@ def route(
     else:
         mixing = weights * tl.rsqrt(tl.sum(weights * weights, axis=1) + energy_eps)[:, None]
     tl.store(weights_ptr + rows[:, None] * L + columns[None, :], weights, mask=inside)
+
     at = columns[None, :] * num_tokens + rows[:, None]
-    tl.store(scale_ptr + at, mixing * tl.load(scale_ptr + at, mask=inside, other=0.0), mask=inside)
+    hidden_energy = tl.zeros((BM, P), tl.float32)
+    energy = tl.zeros((BM, P), tl.float32)
+    for split in range(SPLITS):
+        part = energy_ptr + split * L * num_tokens + at
+        hidden_energy += tl.load(part, mask=inside, other=0.0)
+        energy += tl.load(part + SPLITS * L * num_tokens, mask=inside, other=0.0)
+    constants = constants_ptr + columns
+    real = columns < L
+    variance = hidden_energy * tl.load(constants, mask=real, other=0.0)[None, :] + hidden_eps
     if HAS_SHIFT:
-        tl.store(tail_ptr + at, mixing * tl.load(tail_ptr + at, mask=inside, other=0.0), mask=inside)
+        overlap = tl.load(overlap_ptr + at, mask=inside, other=0.0)
+        shift_energy = tl.load(constants + 2 * L, mask=real, other=0.0)[None, :]
+        energy += 2 * tl.sqrt(variance) * overlap + variance * shift_energy
+    floor = variance * tl.load(constants + L, mask=real, other=1.0)[None, :]
+    mixing *= tl.rsqrt(tl.maximum(energy, 0.0) / C + floor)
+    if HAS_SHIFT:
+        tl.store(tail_ptr + at, mixing * tl.sqrt(variance), mask=inside)
+    scale = mixing * tl.load(rstd_ptr + at, mask=inside, other=0.0)
+    tl.store(scale_ptr + at, _bounded(tl.where(inside, scale, 0.0)), mask=inside)
 
 
 @triton.jit
+def _bounded(scale):
+    """Scales [BM, P] away from zero, with their signs: at least 2^-40 of the token's largest, and 2^-100.
+
+    What that adds to the sum over layers is 1e-12 of it; the sum so far grows by 2^40 at most, far below
+    float32's limit. A token whose scales are all zero gets ratios of 1, and a sum of next to nothing.
+    """
+    magnitude = tl.abs(scale)
+    floor = tl.maximum(tl.max(magnitude, axis=1) * 2.0**-40, 2.0**-100)[:, None]
+    return tl.where(magnitude < floor, tl.where(scale < 0, -floor, floor), scale)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def combine(
-    hidden_states,
+    states_ptr,
     product_ptr,  # [L, C, C]
+    product_sum_ptr,  # [L, C]
     shift_ptr,  # [L, C]
     mean_ptr,  # [L, T]
     scale_ptr,  # [L, T]
@@ -210,6 +254,7 @@ def combine(
     tokens_per_image,
     stride_image,
     stride_token,
+    stride_layer,
     L: tl.constexpr,
     LAYERS_PER_SPLIT: tl.constexpr,
     C: tl.constexpr,
@@ -219,7 +264,12 @@ def combine(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``sum_k mixing_k h_k`` over one split's layers: one product of depth layers * C."""
+    """``sum_k mixing_k h_k`` over one split's layers: one product of depth layers * C.
+
+    Both operands go from shared memory to the tensor cores as they lie in device memory. With
+    ``y_k = product_k (z_k - mean_k)`` and ``r_k = scale_k / scale_(k + 1)`` the sum is
+    ``((y_1 r_1 + y_2) r_2 + ...) scale_last``.
+    """
     split = tl.program_id(1)
     # Neighbouring programs share rows, so that a token tile comes from L2 for all but the first.
     rows = tl.program_id(0) // (C // BN) * BM + tl.arange(0, BM)
@@ -231,17 +281,17 @@ def combine(
     first = split * LAYERS_PER_SPLIT
     last = tl.minimum(first + LAYERS_PER_SPLIT, L)
     total = tl.zeros((BM, BN), tl.float32)
-    # One loop over layers and depth: the pipeline of loads then runs on from layer to layer.
-    for step in range(first * (C // BK), last * (C // BK)):
-        layer = step // (C // BK)
-        k = step % (C // BK) * BK
-        z = tl.load(_select(hidden_states, layer) + offsets + k, mask=valid[:, None], other=0.0)
+    for layer in range(first, last):
+        tokens = states_ptr + stride_layer.to(tl.int64) * layer + offsets
+        for k in range(0, C, BK):
+            z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
+            total = _dot(z, tl.load(product + layer * C * C + k), total, PRECISION)
         at = layer * num_tokens + rows
         mean = tl.load(mean_ptr + at, mask=valid, other=0.0)
         scale = tl.load(scale_ptr + at, mask=valid, other=0.0)
-        x = _round((z.to(tl.float32) - mean[:, None]) * scale[:, None], z.dtype, PRECISION)
-        weight = tl.load(product + layer * C * C + k)
-        total = _dot(x, weight, total, PRECISION)
+        next_scale = tl.load(scale_ptr + at + num_tokens, mask=valid & (layer + 1 < last), other=1.0)
+        row_sums = tl.load(product_sum_ptr + layer * C + ns)
+        total = (total - mean[:, None] * row_sums[None, :]) * (scale / next_scale)[:, None]
     if HAS_SHIFT:
         for layer in range(first, last):
             tail = tl.load(tail_ptr + layer * num_tokens + rows, mask=valid, other=0.0)
@@ -257,17 +307,19 @@ def _norm(tokens, inside, eps, C: tl.constexpr):
     return centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def finish(
     partial_ptr,  # [splits, T, C]
-    last_state_ptr,
+    states_ptr,
     out_ptr,  # out [T, C]
     num_tokens,
     tokens_per_image,
     stride_image,
     stride_token,
+    stride_layer,
     beta,
     norm_eps,
+    L: tl.constexpr,
     SPLITS: tl.constexpr,
     C: tl.constexpr,
     REPLACE: tl.constexpr,
@@ -285,8 +337,9 @@ def finish(
         total += tl.load(partial_ptr + split * num_tokens * C + at, mask=inside, other=0.0)
     out = _norm(total, inside, norm_eps, C)
     if not REPLACE:
+        last = states_ptr + (L - 1) * stride_layer.to(tl.int64)
         offsets = _token_offsets(rows, tokens_per_image, stride_image, stride_token)
-        state = tl.load(last_state_ptr + offsets[:, None] + columns[None, :], mask=inside, other=0.0)
+        state = tl.load(last + offsets[:, None] + columns[None, :], mask=inside, other=0.0)
         base = _norm(state.to(tl.float32), inside, norm_eps, C)
         out = _norm(base + beta * (out - base), inside, norm_eps, C)
     tl.store(out_ptr + at, _round(out, out_ptr.dtype.element_ty, PRECISION), mask=inside)

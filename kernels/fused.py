@@ -4,6 +4,8 @@ Shape legend: B batch, N tokens per image, T = B * N, L layers, C token width, R
 P logit columns.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -14,8 +16,18 @@ from torch import Tensor
 
 from kernels import device_code
 from kernels.dispatch import KERNEL_DTYPES, shape_obstacle
-from kernels.launches import FusedProblem, logit_columns, padded_basis_rows, plan_launches
+from kernels.launches import (
+    H100,
+    FusedProblem,
+    Gpu,
+    logit_columns,
+    padded_basis_rows,
+    plan_launches,
+    router_terms,
+)
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
+
+ALIGNED_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -30,12 +42,13 @@ class PackedExperts:
     basis: Tensor  # [L, R, C], rows padded with zeros to whole tiles
     basis_sum: Tensor  # [L, R], sums of the rounded rows
     basis_energy: Tensor  # [L, R], S^2
-    constants: Tensor  # [L, 3]: hidden_scale, output_eps, |shift|^2
+    constants: Tensor  # [4, L]: hidden_scale, output_eps, |shift|^2, the router's unit
     product: Tensor  # [L, C, C]
+    product_sum: Tensor  # [L, C], sums of the rounded rows
     shift: Tensor  # [L, C], empty where no expert has one
     cross: Tensor  # [L, C], product^T shift; its sum is zero, so that a token's mean does not matter
-    router: Tensor  # [L, P, C]
-    router_sum: Tensor  # [L, P], sums of the rounded rows
+    router: Tensor  # [L, terms * P, C], in units of a power of two
+    router_sum: Tensor  # [L, terms * P], sums of the rounded rows
     router_bias: Tensor  # [P]
 
     @property
@@ -73,15 +86,15 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
     energy = torch.nn.functional.pad(singular_values.square(), (0, padding))
 
     num_layers = folded.num_layers
-    columns = logit_columns(num_layers)
-    router = folded.router_weight.new_zeros(num_layers, columns, folded.width)
-    router[:, :num_layers] = folded.router_weight.unflatten(1, (num_layers, -1)).transpose(0, 1)
-    router = router.to(dtype)
-    bias = torch.nn.functional.pad(folded.router_bias, (0, columns - num_layers))
+    router, unit = _router_terms(folded, dtype)
+    bias = torch.nn.functional.pad(folded.router_bias, (0, logit_columns(num_layers) - num_layers))
+    product = folded.product.to(dtype)
 
     shift = folded.product.new_zeros(num_layers, folded.width) if folded.shift is None else folded.shift
     cross = (folded.product.mT @ shift[:, :, None]).squeeze(-1)
-    constants = torch.stack([folded.hidden_scale, folded.output_eps, shift.square().sum(dim=1)], dim=1)
+    shift_energy = shift.square().sum(dim=1)
+    units = torch.full_like(shift_energy, unit)
+    constants = torch.stack([folded.hidden_scale, folded.output_eps, shift_energy, units])
 
     def vector(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=torch.float32).contiguous()
@@ -94,7 +107,8 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
         basis_sum=vector(basis.double().sum(dim=2)),
         basis_energy=vector(energy),
         constants=vector(constants),
-        product=matrix(folded.product),
+        product=matrix(product),
+        product_sum=vector(product.double().sum(dim=2)),
         shift=vector(shift if folded.shift is not None else shift[:0]),
         cross=vector(cross),
         router=matrix(router),
@@ -103,10 +117,28 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
     )
 
 
+def _router_terms(folded: FoldedExperts, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The router as a sum of terms in ``dtype``, [L, terms * P, C], in units of a power of two.
+
+    The largest entry becomes about 2^12: float16 then holds the small ones too.
+    """
+    num_layers, columns = folded.num_layers, logit_columns(folded.num_layers)
+    largest = float(folded.router_weight.abs().max())
+    unit = 2.0 ** (math.ceil(math.log2(largest)) - 12) if largest > 0 else 1.0
+    rest = folded.router_weight.new_zeros(num_layers, columns, folded.width)
+    rest[:, :num_layers] = folded.router_weight.unflatten(1, (num_layers, -1)).transpose(0, 1) / unit
+    terms = []
+    for _ in range(router_terms(dtype)):
+        terms.append(rest.to(dtype))
+        rest = rest - terms[-1].double()
+    return torch.cat(terms, dim=1), unit
+
+
 def fuse_layers(hidden_states: Sequence[Tensor], packed: PackedExperts, spec: FusionSpec) -> Fused:
     """The fusion on the GPU; equals `kernels.reference.fuse_layers` on the unpacked experts.
 
-    The hidden states are read in place, whatever their batch and token strides. No tensor of T * L * C
+    Hidden states that lie evenly apart, as the encoder writes them, are read in place, whatever their batch
+    and token strides; others are copied into one buffer first. No other tensor of T * L * C
     or T * L * H elements is made: the scratch is the sums, ``[splits, T, C]`` in float32, and a few
     numbers per token and layer. Safe to capture in a CUDA graph, and opaque to ``torch.compile``.
 
@@ -175,25 +207,27 @@ def _fuse_layers(
         routing=routing,
         correction=correction,
     )
-    plan = plan_launches(problem, _major_capability(state.device))
-    mean, scale, tail = (scratch(num_layers, num_tokens) for _ in range(3))
-    logits = scratch(num_layers, num_tokens, packed.router.shape[1])
+    plan = plan_launches(problem, _gpu(state.device))
+    mean, rstd, overlap, scale, tail = (scratch(num_layers, num_tokens) for _ in range(5))
+    logits = scratch(num_layers, num_tokens, logit_columns(num_layers))
+    energy = scratch(2, plan["measure"].constants["SPLITS"], num_layers, num_tokens)
     partial = scratch(plan["finish"].constants["SPLITS"], num_tokens, width)
-    states = tuple(hidden_states)
-    where = (num_tokens, tokens_per_image, state.stride(0), state.stride(1))
+    states, stride_layer = _as_one(hidden_states)
+    where = (num_tokens, tokens_per_image, states.stride(0), states.stride(1), stride_layer)
     router = (packed.router, packed.router_sum, packed.cross)
-    basis = (packed.basis, packed.basis_sum, packed.basis_energy, packed.constants)
+    basis = (packed.basis, packed.basis_sum, packed.basis_energy)
+    factors = (mean, scale, tail)
 
     def launch(name: str, *arguments: Any) -> None:
         getattr(device_code, name)[plan[name].grid](*arguments, **plan[name].arguments())
 
     with _on(state.device):
-        launch(
-            "measure", states, *router, *basis, logits, mean, scale, tail, *where, norm_eps, hidden_norm_eps
-        )
-        launch("route", logits, packed.router_bias, weights, scale, tail, num_tokens, energy_eps)
-        launch("combine", states, packed.product, packed.shift, mean, scale, tail, partial, *where)
-        launch("finish", partial, states[-1], out, *where, beta, norm_eps)
+        launch("measure", states, *router, *basis, logits, mean, rstd, overlap, energy, *where, norm_eps)
+        inputs = (logits, packed.router_bias, packed.constants, energy, overlap, rstd)
+        launch("route", *inputs, weights, scale, tail, num_tokens, energy_eps, hidden_norm_eps)
+        weighted = (packed.product, packed.product_sum, packed.shift, *factors)
+        launch("combine", states, *weighted, partial, *where)
+        launch("finish", partial, states, out, *where, beta, norm_eps)
     return out, weights
 
 
@@ -220,8 +254,23 @@ def _check_readable(hidden_states: Sequence[Tensor]) -> None:
             )
 
 
-def _major_capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+def _as_one(hidden_states: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The first layer's states, and elements from each layer to the next; copies where they lie unevenly."""
+    first = hidden_states[0]
+    starts = [state.data_ptr() for state in hidden_states]
+    steps = {after - before for before, after in itertools.pairwise(starts)} or {0}
+    step = steps.pop()
+    if not steps and step % ALIGNED_BYTES == 0:
+        return first, step // first.itemsize
+    copied = torch.stack(list(hidden_states))
+    return copied[0], copied.stride(0)
+
+
+def _gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return H100
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.major, found.multi_processor_count)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -5,9 +5,11 @@
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,18 @@ from triton.compiler import ASTSource
 
 from kernels import device_code
 from kernels.dispatch import shape_obstacle
-from kernels.launches import FusedProblem, Launch, is_interpreted, padded_basis_rows, plan_launches
+from kernels.launches import (
+    A100,
+    H100,
+    FusedProblem,
+    Launch,
+    is_interpreted,
+    padded_basis_rows,
+    plan_launches,
+)
 
-MATRICES = ("router_ptr", "basis_ptr", "product_ptr", "last_state_ptr", "out_ptr")
+MATRICES = ("states_ptr", "router_ptr", "basis_ptr", "product_ptr", "out_ptr")
+GPUS = {80: A100, 90: H100}
 TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # a block's largest shared memory, by compute capability
 ALIGNED = [["tt.divisibility", 16]]
@@ -42,6 +53,11 @@ class Resources:
     shared_bytes: int
     matrix_instruction: str
     """``wgmma`` (Hopper's full rate), ``mma``, or empty where the kernel has no matrix product."""
+    step_instructions: float | None
+    """Instructions that a warp issues per step of depth BK in the tightest loop of a half-precision product.
+
+    Beside the products: loads, addresses, barriers, and a share of all that the loop does less often.
+    """
 
 
 def compile_kernels(problem: FusedProblem, capability: int) -> list[Resources]:
@@ -52,7 +68,7 @@ def compile_kernels(problem: FusedProblem, capability: int) -> list[Resources]:
         capability: compute capability as one number: 80, 90.
     """
     assert not is_interpreted()
-    plan = plan_launches(problem, capability // 10)
+    plan = plan_launches(problem, GPUS[capability])
     return [_compile(name, launch, problem, capability) for name, launch in plan.items()]
 
 
@@ -69,6 +85,7 @@ def _compile(name: str, launch: Launch, problem: FusedProblem, capability: int) 
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         matrix_instruction=_matrix_instruction(compiled.asm["ptx"]),
+        step_instructions=_step_instructions(compiled.asm["cubin"], launch),
     )
 
 
@@ -80,9 +97,6 @@ def _source(kernel: Any, constants: dict[str, Any], problem: FusedProblem) -> AS
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "hidden_states":
-            signature[name] = (dtype,) * problem.num_layers
-            attributes |= {(index, layer): ALIGNED for layer in range(problem.num_layers)}
         elif name.endswith("_ptr"):
             signature[name] = dtype if name in MATRICES else "*fp32"
             attributes[(index,)] = ALIGNED
@@ -90,18 +104,55 @@ def _source(kernel: Any, constants: dict[str, Any], problem: FusedProblem) -> AS
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            attributes[(index,)] = ALIGNED
+            if name not in device_code.NOT_SPECIALIZED:
+                attributes[(index,)] = ALIGNED
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK and LOCAL of a cubin's kernel, by the cuobjdump that comes with Triton."""
+    text = _run_on(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _step_instructions(cubin: bytes, launch: Launch) -> float | None:
+    """Per loop that multiplies: its instructions over the steps that it holds; the fewest of all loops."""
+    per_step = []
+    for loop in _loops(_run_on(cubin, knobs.nvidia.nvdisasm.path, "-c")):
+        if multiply_adds := launch.num_warps * sum(map(_multiply_adds, loop)):
+            tile = math.prod(launch.constants[name] for name in ("BM", "BN", "BK"))
+            per_step.append(len(loop) * tile / multiply_adds)
+    return min(per_step, default=None)
+
+
+def _loops(sass: str) -> Iterator[list[str]]:
+    """Instructions from each label to a branch back to it."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.+?) ?;", line):
+            code.append(instruction[1])
+            target = re.search(r"\bBRA.*(\.L_\w+)", instruction[1])
+            if target and target[1] in labels:
+                yield code[labels[target[1]] :]
+
+
+def _multiply_adds(instruction: str) -> float:
+    """Of one warp, in one matrix instruction of half-precision operands; 0 for any other."""
+    if wgmma := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\.F32(?:\.BF16)? ", instruction):
+        rows, columns, depth = map(int, wgmma.groups())
+        return rows * columns * depth / 4  # four warps issue it together
+    return 16 * 8 * 16 if re.search(r"\bHMMA\.16816\.", instruction) else 0
+
+
+def _run_on(cubin: bytes, *command: str) -> str:
+    """What a tool that comes with Triton prints of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        return subprocess.run([*command, str(path)], check=True, capture_output=True, text=True).stdout
 
 
 def _matrix_instruction(ptx: str) -> str:
@@ -140,11 +191,12 @@ def main() -> int:
         print(json.dumps([asdict(row) for row in rows]))  # noqa: T201 - the command's own output
         return 0
     header = f"{'kernel':10} {'sm':>4} {'warps':>6} {'registers':>10} {'spilled B':>10}"
-    print(f"{header} {'shared B':>10} {'product':>8}")  # noqa: T201
+    print(f"{header} {'shared B':>10} {'product':>8} {'a step':>8}")  # noqa: T201
     for row in rows:
         print(  # noqa: T201
             f"{row.kernel:10} {row.capability:4} {row.num_warps:6} {row.registers:10} "
-            f"{row.spilled_bytes:10} {row.shared_bytes:10} {row.matrix_instruction:>8}"
+            f"{row.spilled_bytes:10} {row.shared_bytes:10} {row.matrix_instruction:>8} "
+            f"{'' if row.step_instructions is None else round(row.step_instructions):>8}"
         )
     return 0
 

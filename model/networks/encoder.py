@@ -3,6 +3,7 @@
 Shape legend: B batch, N patch tokens, C width, S input side, P prefix (class and register) tokens.
 """
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -84,11 +85,18 @@ class Encoder(Freezable):
         return [tokens[:, prefix:] for tokens in self.hidden_states(pixels)]
 
     def hidden_states(self, pixels: Tensor) -> list[Tensor]:
-        """As `forward`, with the class and register tokens in front: L tensors [B, P + N, C]."""
+        """As `forward`, with the class and register tokens in front: L tensors [B, P + N, C].
+
+        Without gradients they are slices of one tensor [L, B, P + N, C], in which the fused kernels read them.
+        """
         tokens = self.embed(pixels)
+        is_inference = not (torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type))
+        places: Iterable[Tensor | None] = (
+            tokens.new_empty(len(self.blocks), *tokens.shape) if is_inference else [None] * len(self.blocks)
+        )
         states = []
-        for block in self.blocks:
-            tokens = block(tokens)
+        for block, place in zip(self.blocks, places, strict=True):
+            tokens = block(tokens, place)
             states.append(tokens)
         return states
 

@@ -86,8 +86,8 @@ class SwiGlu(nn.Module):
 class Residual(nn.Module):
     """A residual branch added to the tokens."""
 
-    def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
-        return tokens + branch
+    def forward(self, tokens: Tensor, branch: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.add(tokens, branch, out=out)
 
 
 class LayerScale(nn.Module):
@@ -97,8 +97,8 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(Tensor(width).fill_(initial))
 
-    def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
-        return torch.addcmul(tokens, branch, self.gain)
+    def forward(self, tokens: Tensor, branch: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.addcmul(tokens, branch, self.gain, out=out)
 
 
 class Block(nn.Module):
@@ -121,9 +121,10 @@ class Block(nn.Module):
         self.scale_attention = Residual() if layer_scale is None else LayerScale(width, layer_scale)
         self.scale_mlp = Residual() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
+        """The block's tokens, in ``out`` where one is given; that takes no gradients."""
         tokens = self.scale_attention(tokens, self.attention(self.norm_attention(tokens)))
-        return self.scale_mlp(tokens, self.mlp(self.norm_mlp(tokens)))
+        return self.scale_mlp(tokens, self.mlp(self.norm_mlp(tokens)), out)
 
 
 def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> Mlp | SwiGlu:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import fused, launches
+from kernels.launches import FusedProblem, Gpu
 from model.networks.folding import fold_experts
 from tests.conftest import relative_error
 
@@ -163,27 +164,66 @@ def test_zero_variance_tokens(build, dtype, tolerance, has_shift):
     assert case.error(found) <= tolerance + 2e-2
 
 
+@each_dtype
+@pytest.mark.parametrize("routing", ["energy", "softmax"])
+@pytest.mark.parametrize("weights", [(0.0, 0.0, 0.0), (1.0, 0.0, -2.0), (0.0, 0.0, 1e-30), (1e-20, 1.0, 0.0)])
+def test_layers_without_weight(build, dtype, tolerance, routing, weights):
+    """A token whose layers have no weight is dead: zero, not NaN. A layer without weight adds nothing."""
+    case = build(num_layers=3, dtype=dtype, routing=routing)
+    case.weights.router_weight.zero_()
+    case.weights.router_bias.copy_(torch.tensor(weights))
+    check(case)
+
+
+@each_dtype
+def test_tokens_that_vanish(build, dtype, tolerance):
+    """Zeros in one layer, or in all: their scales are those of constant tokens."""
+    case = build(num_layers=3, dtype=dtype, has_shift=False)
+    case.states[1][:, 2] = 0
+    for state in case.states:
+        state[:, 4] = 0
+    check(case)
+
+
+@each_dtype
+def test_router_of_tokens_with_a_large_outlier(build, dtype, tolerance):
+    """The outlier's logit is large against the rest: the router keeps the digits that are left."""
+    case = build(num_layers=3, width=192, num_tokens=40, outlier=1e4, seed=191, dtype=dtype)
+    found = fuse(case)
+    assert case.router_error(found) <= 1e-4
+    check(case, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_router_of_tiny_numbers(build, dtype):
+    case = build(dtype=dtype, num_tokens=40)
+    case.weights.router_weight.mul_(1e-4)
+    case.weights.router_bias.zero_()
+    assert case.router_error(fuse(case)) <= 1e-5
+
+
 @pytest.mark.parametrize(
-    ("dtype", "target_programs", "capability", "tile", "splits"),
+    ("dtype", "gpu", "tile", "splits"),
     [
-        (torch.bfloat16, 1, 9, (128, 256, 64), 1),
-        (torch.bfloat16, 4, 9, (128, 256, 64), 2),
-        (torch.bfloat16, 128, 9, (64, 128, 64), 3),
-        (torch.float16, 1, 8, (128, 128, 32), 1),
-        (torch.float16, 128, 8, (64, 128, 32), 3),
-        (torch.float32, 24, 9, (64, 64, 32), 2),
-        (torch.float32, 1, 8, (32, 64, 32), 1),
+        (torch.bfloat16, Gpu(9, 1), (128, 256, 64), (1, 1)),
+        (torch.bfloat16, Gpu(9, 4), (128, 256, 64), (1, 2)),
+        (torch.bfloat16, Gpu(9, 128), (64, 128, 64), (2, 3)),
+        (torch.float16, Gpu(8, 1), (128, 128, 32), (1, 1)),
+        (torch.float16, Gpu(8, 128), (64, 128, 32), (2, 3)),
+        (torch.float32, Gpu(9, 100), (64, 64, 32), (4, 3)),
+        (torch.float32, Gpu(8, 1), (32, 64, 32), (1, 1)),
     ],
 )
-def test_tiles_and_splits(build, monkeypatch, dtype, target_programs, capability, tile, splits):
-    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < capability:
+def test_tiles_and_splits(build, monkeypatch, dtype, gpu, tile, splits):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < gpu.capability:
         pytest.skip("the tile is too large for this GPU")
-    monkeypatch.setattr(launches, "TARGET_PROGRAMS", target_programs)
-    monkeypatch.setattr(fused, "_major_capability", lambda device: capability)
-    chosen = launches.product_tile(dtype, 256, 130, capability)
-    assert chosen[:3] == tile
-    assert launches.num_splits(chosen, 256, 130, 3) == splits
-    check(build(num_layers=3, width=256, hidden_width=64, batch=2, num_tokens=65, dtype=dtype))
+    monkeypatch.setattr(launches, "SMALL_TILES", gpu.num_multiprocessors)
+    monkeypatch.setattr(fused, "_gpu", lambda device: gpu)
+    problem = FusedProblem(130, num_layers=3, width=256, basis_rows=256, dtype=dtype)
+    plan = launches.plan_launches(problem, gpu)
+    assert tuple(plan["combine"].constants[name] for name in ("BM", "BN", "BK")) == tile
+    assert tuple(plan[name].constants["SPLITS"] for name in ("measure", "finish")) == splits
+    check(build(num_layers=3, width=256, hidden_width=256, batch=2, num_tokens=65, dtype=dtype))
 
 
 @each_dtype
@@ -197,6 +237,25 @@ def test_batches_may_be_slices(build, dtype, tolerance):
     for one, other, uncut in zip(found, copied, fuse(whole, packed), strict=True):
         assert torch.equal(one, other)
         assert relative_error(one, uncut[::2, 1:]) <= tolerance
+
+
+@pytest.mark.parametrize("images", ["each its own", "one for all"])
+def test_one_buffer_is_read_in_place(build, monkeypatch, images):
+    """As the encoder writes it; of any batch stride, zero too."""
+    case = build(num_layers=3, batch=1 if images == "one for all" else 3, dtype=torch.bfloat16)
+    packed, expected = pack(case), fuse(case)
+    buffer = torch.stack([torch.nn.functional.pad(state, (0, 0, 5, 0)) for state in case.states])
+    states = [state[:, 5:] for state in buffer]
+    if images == "one for all":
+        states = [state.expand(3, -1, -1) for state in states]
+
+    def refuse(tensors):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(fused.torch, "stack", refuse)
+    found = fused.fuse_layers(states, packed, case.spec)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other.expand_as(one))
 
 
 @each_dtype

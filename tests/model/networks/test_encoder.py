@@ -1,5 +1,6 @@
 """The encoder against transformers' DINOv2 with registers."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -83,6 +84,24 @@ def test_forward_drops_class_and_register_tokens(randomize):
     assert [tuple(state.shape) for state in patches] == [(2, 36, 48)] * 3
     for ours, whole in zip(patches, with_prefix, strict=True):
         assert torch.equal(ours, whole[:, 1 + NUM_REGISTERS :])
+
+
+def test_inference_writes_one_buffer(randomize):
+    """The states lie evenly apart, and are those of training, bit for bit."""
+    encoder = Encoder(EncoderConfig(image_size=56, **TINY))
+    randomize(encoder)
+    trained = encoder(pixels(56, 56))
+    with torch.no_grad():
+        states = encoder(pixels(56, 56))
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = encoder(pixels(56, 56))
+    starts = [state.data_ptr() for state in states]
+    assert len({after - before for before, after in itertools.pairwise(starts)}) == 1
+    assert len({state.untyped_storage().data_ptr() for state in states}) == 1
+    assert len({state.untyped_storage().data_ptr() for state in mixed}) == len(mixed)
+    for one, other in zip(states, trained, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
 
 
 def test_gradients_reach_every_parameter(randomize):
