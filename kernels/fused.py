@@ -128,7 +128,7 @@ def _router_terms(folded: FoldedExperts, dtype: torch.dtype) -> tuple[Tensor, fl
     rest = folded.router_weight.new_zeros(num_layers, columns, folded.width)
     rest[:, :num_layers] = folded.router_weight.unflatten(1, (num_layers, -1)).transpose(0, 1) / unit
     terms = []
-    for _ in range(router_terms(dtype)):
+    for _ in range(router_terms(dtype, num_layers)):
         terms.append(rest.to(dtype))
         rest = rest - terms[-1].double()
     return torch.cat(terms, dim=1), unit

@@ -197,7 +197,7 @@ def plan_launches(problem: FusedProblem, gpu: Gpu) -> dict[str, Launch]:
                 "L": layers,
                 "R": problem.basis_rows,
                 "P": columns,
-                "TERMS": router_terms(problem.dtype),
+                "TERMS": router_terms(problem.dtype, layers),
                 "SPLITS": basis_splits,
                 "COLUMNS_PER_SPLIT": problem.basis_rows // basis_splits,
                 "ROUTER_NORM": problem.router_input_norm,
@@ -244,9 +244,12 @@ def logit_columns(num_layers: int) -> int:
     return max(16, int(triton.next_power_of_2(num_layers)))
 
 
-def router_terms(dtype: torch.dtype) -> int:
-    """Terms that the router is a sum of: one of half precision loses digits where large logits cancel."""
-    return 1 if dtype == torch.float32 else 2
+def router_terms(dtype: torch.dtype, num_layers: int) -> int:
+    """Terms that the router is a sum of: one of half precision loses digits where large logits cancel.
+
+    Two terms of more than 32 layers are more columns than the registers hold.
+    """
+    return 1 if dtype == torch.float32 or num_layers > 32 else 2
 
 
 def _dot_precision(dtype: torch.dtype) -> str:

@@ -37,9 +37,15 @@ class FusionSize:
         return min(self.hidden_width, self.width)
 
     @property
-    def router_columns(self) -> int:
+    def logit_columns(self) -> int:
         """P, the router's outputs padded to a power of two as the Triton kernels take them."""
         return max(16, 1 << (self.num_layers - 1).bit_length())
+
+    @property
+    def router_columns(self) -> int:
+        """Columns of the product that gives them: P for each term, of which half precision has two."""
+        has_two = self.element_bytes < FLOAT_BYTES and self.num_layers <= 32
+        return (1 + has_two) * self.logit_columns
 
     @property
     def layer_elements(self) -> int:
@@ -135,11 +141,11 @@ def fused_bytes(size: FusionSize) -> int:
     """Bytes that `kernels.fused` moves: ``(2 L + 2) S`` elements, the matrices, and float32 scratch.
 
     Hidden states are read by measure and by combine, the last one again by finish. Scratch: logits twice
-    T L P; means and factors 10 T L; the router's weights T L; the sums 2 S. Not counted: sums that are split
-    over programs, for few tokens, and tiles that miss the L2 cache.
+    T L P; statistics, norms and factors 14 T L; the router's weights T L; the sums 2 S. Not counted: sums
+    that are split over programs, for few tokens, and tiles that miss the L2 cache.
     """
     token_layers = size.num_tokens * size.num_layers
-    scratch = token_layers * (2 * size.router_columns + 11) + 2 * size.layer_elements
+    scratch = token_layers * (2 * size.logit_columns + 15) + 2 * size.layer_elements
     per_layer = size.width**2 + size.rows * size.width + size.router_columns * size.width
     elements = (2 * size.num_layers + 2) * size.layer_elements + size.num_layers * per_layer
     return elements * size.element_bytes + scratch * FLOAT_BYTES

@@ -87,7 +87,7 @@ class Encoder(Freezable):
     def hidden_states(self, pixels: Tensor) -> list[Tensor]:
         """As `forward`, with the class and register tokens in front: L tensors [B, P + N, C].
 
-        Without gradients they are slices of one tensor [L, B, P + N, C], in which the fused kernels read them.
+        Without gradients they are slices of one tensor [L, B, P + N, C], where the fused kernels read them.
         """
         tokens = self.embed(pixels)
         is_inference = not (torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type))
