@@ -21,7 +21,7 @@ PACKAGES = """
 cli -> service, training -> model -> kernels
 benchmarks -> service, training -> model -> kernels
 benchmarks -> drorae_client
-deploy -> service
+deploy -> service, drorae_client
 """
 # Folders of packages that are not at the root: distributions of their own.
 HOMES = {"drorae_client": "client"}

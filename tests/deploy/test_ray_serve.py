@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import yaml
 from safetensors.torch import load
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
 
-ray = pytest.importorskip("ray", reason="needs the package ray[serve]")
-serve = pytest.importorskip("ray.serve", reason="needs the package ray[serve]", exc_type=ImportError)
+pytest.importorskip("ray", reason="needs the package ray[serve]")
+pytest.importorskip("ray.serve", reason="needs the package ray[serve]", exc_type=ImportError)
 pytest.importorskip("ray.serve.schema", reason="needs the package ray[serve]", exc_type=ImportError)
 
 ROOT = Path(__file__).parents[2]
@@ -29,54 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
 @pytest.fixture(scope="module")
-def scale() -> Iterator[Callable[[int], str]]:
-    """Sets the number of replicas as ``serve deploy`` does; gives the address."""
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
+def cluster() -> Iterator[Any]:
+    from deploy.ray_serve.cluster import local_cluster
 
-    config: dict[str, Any] = yaml.safe_load(
-        (ROOT / "deploy/ray_serve/config.yaml").read_text(encoding="utf-8")
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        config["http_options"]["port"] = probe.getsockname()[1]
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={name: config["http_options"][name] for name in ("host", "port")})
-
-    def deploy(num_replicas: int) -> str:
-        config["applications"][0]["deployments"][0]["num_replicas"] = num_replicas
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-        while not is_running(num_replicas):
-            time.sleep(0.2)
-        return f"http://127.0.0.1:{config['http_options']['port']}"
-
-    try:
-        yield deploy
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def is_running(num_replicas: int) -> bool:
-    """Whether Serve has as many replicas as it should, and no other process."""
-    found = serve.status().applications.get("drorae")
-    if found is None or found.status != "RUNNING":
-        return False
-    states = found.deployments["Replica"].replica_states
-    return states == {"RUNNING": num_replicas} and len(replicas()) == num_replicas
-
-
-def replicas() -> set[int]:
-    """Processes of the replicas."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ServeReplica:drorae" in (process / "cmdline").read_bytes():
-                found.add(int(process.name))
-        except OSError:
-            continue
-    return found
+    with local_cluster() as running:
+        yield running
 
 
 PHOTO = {"content": (ROOT / "samples/bridge.jpg").read_bytes(), "headers": {"Content-Type": "image/jpeg"}}
@@ -101,8 +55,11 @@ def check_same(response: httpx.Response, expected: httpx.Response) -> None:
     torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)  # batches of other sizes round otherwise
 
 
-def test_replicas_answer_as_the_service_does_and_bear_a_kill_and_a_removal(scale):
-    address = scale(2)
+def test_replicas_answer_as_the_service_does_and_bear_a_kill_and_a_removal(cluster: Any) -> None:
+    from deploy.ray_serve.cluster import replica_processes as replicas
+
+    address = cluster.url
+    cluster.scale(2)
     assert len(replicas()) == 2
     app = create_app(Settings(checkpoint="mini"))
     with TestClient(app) as alone:
@@ -117,10 +74,18 @@ def test_replicas_answer_as_the_service_does_and_bear_a_kill_and_a_removal(scale
         os.kill(victim, signal.SIGKILL)
         for one in waiting:
             check_same(one.result(), expected)
-        scale(2)
+        cluster.scale(2)
         before = replicas()
         waiting = [threads.submit(httpx.post, f"{address}/encode", **PHOTO, timeout=120) for _ in range(12)]
-        scale(1)
+        cluster.scale(1)
         assert {one.result().status_code for one in waiting} == {200}
     assert len(replicas()) == 1
     assert replicas() < before  # the one that stays was not started anew
+
+
+def test_pauses_count_from_the_begin_to_the_end_of_a_span() -> None:
+    from deploy.ray_serve.scale_down import Answer, pauses
+
+    answers = [Answer(0, 1), Answer(0.5, 2), Answer(1, 6), Answer(9, 11)]
+    assert pauses(answers, 0, 10) == (3, 4, 5)
+    assert pauses(answers, 6.5, 10) == (0, 3.5, 0)
