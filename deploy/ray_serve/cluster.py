@@ -40,7 +40,9 @@ class Cluster:
     def scale(self, num_replicas: int) -> None:
         """Deploy, and wait until Serve has so many replicas and no other process."""
         self._deployment["num_replicas"] = num_replicas
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(self._config))
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema.model_validate(self._config))
         while not self._is_running(num_replicas):
             time.sleep(0.2)
 

@@ -75,17 +75,19 @@ class Pauses(NamedTuple):
     """Of a part of the load, seconds.
 
     Attributes:
-        count: answers in it.
+        num_answers: in it.
         between: the longest time in it without any answer.
         one: the longest time for one of its answers.
     """
 
-    count: int
+    num_answers: int
     between: float
     one: float
 
     def __str__(self) -> str:
-        return f"{self.count} answers, longest pause {self.between:.2f} s, slowest answer {self.one:.2f} s"
+        return (
+            f"{self.num_answers} answers, longest pause {self.between:.2f} s, slowest answer {self.one:.2f} s"
+        )
 
 
 def pauses(answers: Sequence[Answer], begin_s: float, end_s: float) -> Pauses:
