@@ -77,6 +77,7 @@ _BODIES: Mapping[str, Schemas] = {
     },
 }
 _ANSWER_MEDIA_TYPES = {"latents": LATENT_MEDIA_TYPES, "pictures": PICTURE_MEDIA_TYPES}
+_ADDRESS = "http://127.0.0.1:8000"
 _ANSWERS = {"latents": "Latents [N, C, h, w].", "pictures": "One picture, a zip of several, or a tensor."}
 
 
@@ -92,6 +93,7 @@ class Endpoint:
         problems: statuses of other answers.
         bodies: schemas of the request's body; none for GET.
         options: query options.
+        example: a command that calls it, where the service has its usual address; a photo is ``photo.jpg``.
     """
 
     path: str
@@ -101,6 +103,7 @@ class Endpoint:
     problems: Iterable[int]
     bodies: Schemas = field(default_factory=dict)
     options: type[CommonOptions] | None = None
+    example: str = ""
 
     @property
     def method(self) -> str:
@@ -109,19 +112,37 @@ class Endpoint:
 
 
 def _of_operation(
-    operation: Operation, handler: Handler, options: type[CommonOptions], document: type[BaseModel]
+    operation: Operation,
+    handler: Handler,
+    options: type[CommonOptions],
+    document: type[BaseModel],
+    arguments: str,
 ) -> Endpoint:
-    """The route of an operation; ``document`` is its JSON answer."""
+    """The route of an operation; ``document`` is its JSON answer, ``arguments`` are curl's in its example."""
     answers = {**dict.fromkeys(_ANSWER_MEDIA_TYPES[operation.gives], BINARY), JSON: ref(document)}
     summary, bodies = _ANSWERS[operation.gives], _BODIES[operation.takes]
-    return Endpoint(f"/{operation.name}", handler, summary, answers, PROBLEMS, bodies, options)
+    example = f"curl -s --data-binary @{arguments} {_ADDRESS}/{operation.name}"
+    return Endpoint(f"/{operation.name}", handler, summary, answers, PROBLEMS, bodies, options, example)
 
 
 ENDPOINTS = (
-    _of_operation(ENCODE, routes.encode, EncodeOptions, LatentsOut),
-    _of_operation(DECODE, routes.decode, DecodeOptions, PicturesOut),
-    _of_operation(RECONSTRUCT, routes.reconstruct, ReconstructOptions, ReconstructionsOut),
-    Endpoint("/info", routes.info, "What runs here.", {JSON: ref(Info)}, (500, 503)),
+    _of_operation(ENCODE, routes.encode, EncodeOptions, LatentsOut, "photo.jpg -o latents.safetensors"),
+    _of_operation(DECODE, routes.decode, DecodeOptions, PicturesOut, "latents.safetensors -o decoded.png"),
+    _of_operation(
+        RECONSTRUCT,
+        routes.reconstruct,
+        ReconstructOptions,
+        ReconstructionsOut,
+        "photo.jpg -o reconstructed.png -H 'Accept: image/png'",
+    ),
+    Endpoint(
+        "/info",
+        routes.info,
+        "What runs here.",
+        {JSON: ref(Info)},
+        (500, 503),
+        example=f"curl -s {_ADDRESS}/info",
+    ),
     Endpoint("/livez", routes.livez, "The process runs.", {JSON: ref(Health)}, (500,)),
     Endpoint("/readyz", routes.readyz, "The service takes work.", {JSON: ref(Health)}, (500, 503)),
     Endpoint("/metrics", routes.metrics, "Metrics.", {"text/plain": TEXT}, (500,)),

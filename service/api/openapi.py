@@ -86,7 +86,7 @@ def _describe_endpoint(endpoint: Endpoint, needs_key: bool) -> JsonObject:
     name = endpoint.path.removeprefix("/")
     description: JsonObject = {
         "summary": name.capitalize(),
-        "description": inspect.getdoc(endpoint.handler),
+        "description": _describe_handler(endpoint),
         "operationId": name,
         "responses": {"200": good} | {str(status): _problem(status) for status in endpoint.problems},
     }
@@ -98,6 +98,12 @@ def _describe_endpoint(endpoint: Endpoint, needs_key: bool) -> JsonObject:
         description["security"] = [{"key": []}]
         description["responses"]["401"] = _problem(401)
     return description
+
+
+def _describe_handler(endpoint: Endpoint) -> str:
+    """The handler's docstring and the example, as Markdown."""
+    example = f"\n\n```sh\n{endpoint.example}\n```" if endpoint.example else ""
+    return f"{inspect.getdoc(endpoint.handler)}{example}"
 
 
 def _parameters(options: type[CommonOptions]) -> Iterator[JsonObject]:

@@ -18,6 +18,10 @@ Shape = Annotated[
     Field(min_length=1, max_length=8),
 ]
 
+_SMALL_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAJ0lEQVR42mPkK81gwAaYGHAAFgh11/4KXEj5oA4+HaRLsCCbS5QOAIf1"
+    "BQ+TtVbmAAAAAElFTkSuQmCC"
+)
 Base64Text = Annotated[str, Field(json_schema_extra={"format": "byte", "contentEncoding": "base64"})]
 
 
@@ -139,7 +143,9 @@ class ImagesIn(_Document):
     """Images as JSON in UTF-8: each field once, and at most 16 KiB beside the list of images."""
 
     images: list[Base64Text] = Field(
-        min_length=1, description="Image files, each in standard base64 with padding."
+        min_length=1,
+        description="Image files, each in standard base64 with padding.",
+        examples=[[_SMALL_PNG]],
     )
 
 

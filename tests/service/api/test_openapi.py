@@ -1,6 +1,9 @@
 """The OpenAPI document tells the truth."""
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -90,3 +93,25 @@ def test_latents_and_reconstructions_match_their_schemas(client: httpx.Client, p
     schemas.PicturesOut.model_validate_json(decoded.content)
     reconstructed = client.post("/reconstruct", content=png, params={"format": "json"})
     schemas.ReconstructionsOut.model_validate_json(reconstructed.content)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_examples_run(client: httpx.Client, document: dict[str, Any], png: bytes, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(png)
+    operations = [next(iter(methods.values())) for methods in document["paths"].values()]
+    examples = re.findall(
+        r"```sh\n(.+)\n```", "\n".join(operation["description"] for operation in operations)
+    )
+    assert len(examples) == 4
+    for example in examples:
+        command = example.replace("http://127.0.0.1:8000", str(client.base_url).rstrip("/"))
+        command = command.replace("curl -s", "curl -sS --fail-with-body")
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+
+
+def test_examples_in_schemas_are_read(client: httpx.Client, document: dict[str, Any]) -> None:
+    for name, path in (("ImagesIn", "/encode"),):
+        fields = document["components"]["schemas"][name]["properties"]
+        body = {field: schema["examples"][0] for field, schema in fields.items() if "examples" in schema}
+        assert client.post(path, json=body).status_code == 200

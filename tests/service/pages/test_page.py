@@ -341,6 +341,15 @@ def test_the_api_is_described_offline_and_can_be_tried(
     page.locator(".live-responses-table .response-col_status", has_text="200").first.wait_for()
 
 
+def test_the_example_of_a_json_body_runs(open_page: Callable[..., Watched], client: httpx.Client) -> None:
+    page = open_page().open(f"{client.base_url}/docs")
+    page.locator("#operations-default-encode .opblock-summary-control").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.locator(".opblock-section-request-body select").select_option("application/json")
+    page.get_by_role("button", name="Execute").click()
+    page.locator(".live-responses-table .response-col_status", has_text="200").first.wait_for()
+
+
 def test_the_policy_stops_other_code(open_page: Callable[..., Watched], client: httpx.Client) -> None:
     watched = open_page()
     page = watched.open(str(client.base_url))

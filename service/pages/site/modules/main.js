@@ -87,8 +87,18 @@ async function take(file) {
   } catch (error) {
     if (signal.aborted) return;
     stage.showEmpty();
+    clearFigures();
     fail(error, () => take(file));
   }
+}
+
+function clearFigures() {
+  maps = null;
+  showCards("photo");
+  showCloseness(null, null);
+  router.showGhost();
+  showTimes(null);
+  byId("save-picture").hidden = true;
 }
 
 function checkSize(file) {
@@ -175,9 +185,10 @@ function showLayer(index) {
     return;
   }
   const weights = maps[index].flat();
-  const [lowest, highest] = [Math.min(...weights), Math.max(...weights)];
-  stage.showMap(maps[index], Math.max(highest, -lowest));
-  note.textContent = `Layer ${info.layers[index]}, from ${signed(lowest)} to ${signed(highest)}. Press it again to hide it.`;
+  const mean = weights.reduce((sum, weight) => sum + weight) / weights.length;
+  stage.showMap(maps[index].map((row) => row.map((weight) => weight - mean)));
+  const range = `from ${signed(Math.min(...weights))} to ${signed(Math.max(...weights))}`;
+  note.textContent = `Layer ${info.layers[index]}, ${range}: green where it weighs more than its mean, red where less.`;
 }
 
 function offerPicture(file, name) {

@@ -64,11 +64,11 @@ export class Stage {
   }
 
   /**
-   * Lay a layer's weights over the pictures.
+   * Lay a layer's weights over the pictures: one colour above zero, another below.
    * @param {number[][]} rows
-   * @param {number} largest
    */
-  showMap(rows, largest) {
+  showMap(rows) {
+    const largest = Math.max(...rows.flat().map(Math.abs));
     const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).split(",").map(Number);
     const heat = heatOf(rows, { positive: colour("--map-positive"), negative: colour("--map-negative") }, largest);
     paint("map", heat);
