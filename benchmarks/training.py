@@ -68,6 +68,8 @@ class TrainingRow:
     p50_ms: float
     p80_ms: float
     num_runs: int
+    sm_mhz: float | None
+    power_w: float | None
     images_per_s: float
     gflop_bfloat16: float
     gflop_float32: float

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,8 @@ FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of an H100 (50 MB) or an
 MATRIX_SIDES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048)}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 RATE_RUNS = {"cuda": 20, "cpu": 5}
+HEAD_START_CYCLES = 4_000_000  # some 2 ms: longer than the host takes to launch one call of a few kernels
+WARM_S = 2.0  # of products before the first figure, after which a GPU runs at the clock that its power allows
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Timing:
     p50_ms: float
     p80_ms: float
     num_runs: int
+    sm_mhz: float | None = None
+    """The GPU's clock at the end of the rounds, as nvidia-smi says it; None elsewhere."""
+    power_w: float | None = None
+    """Its power, likewise."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,27 @@ class _HostClock:
 
 
 class _EventClock:
-    """CUDA events around calls that only queue work; the L2 cache is flushed before each."""
+    """CUDA events around calls that only queue work; the L2 cache holds nothing of theirs before each.
 
-    def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    Args:
+        device: the GPU.
+        head_start: the device waits until the call is launched, so that the time is the device's alone.
+            Otherwise the call starts on an idle device, and its launches count as far as they take longer
+            than the work: as a caller sees it who waits for each result.
+    """
+
+    def __init__(self, device: torch.device, head_start: bool) -> None:
+        self._unrelated = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self._head_start = head_start
         self._events: defaultdict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
 
     def run(self, name: str, call: Call) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
+        self._unrelated.amax()  # a read: lines that were written would go to memory during the call
+        if self._head_start:
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        else:
+            torch.cuda.synchronize()
         begin.record()
         call()
         end.record()
@@ -87,7 +106,11 @@ class _EventClock:
 
 @torch.no_grad()
 def time_interleaved(
-    calls: Mapping[str, Call], device: torch.device, num_runs: int, label: str = ""
+    calls: Mapping[str, Call],
+    device: torch.device,
+    num_runs: int,
+    label: str = "",
+    head_start: bool = False,
 ) -> dict[str, Timing]:
     """Time calls side by side, one run of each a round, so that drift of the machine meets all alike.
 
@@ -96,15 +119,39 @@ def time_interleaved(
         device: CUDA (events, cold L2 cache) or CPU (wall clock).
         num_runs: rounds, after the warm-up.
         label: of the progress bar.
+        head_start: on CUDA, leave out the time that the host takes to launch a call.
     """
     for _ in range(WARMUP_ROUNDS[device.type]):
         for call in calls.values():
             call()
-    clock: _Clock = _EventClock(device) if device.type == "cuda" else _HostClock()
+    clock: _Clock = _EventClock(device, head_start) if device.type == "cuda" else _HostClock()
     for _ in _progress(range(num_runs), label):
         for name, call in calls.items():
             clock.run(name, call)
-    return {name: _quantiles(durations) for name, durations in clock.durations_ms().items()}
+    state = device_state(device)  # while the last rounds run
+    return {
+        name: Timing(*_quantiles(found), len(found), *state) for name, found in clock.durations_ms().items()
+    }
+
+
+def device_state(device: torch.device) -> tuple[float | None, float | None]:
+    """A GPU's clock in MHz and its power in watts; None where nvidia-smi does not say them."""
+    if device.type != "cuda":
+        return None, None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", "-i", f"GPU-{uuid}", "--query-gpu=clocks.sm,power.draw"]
+    try:
+        found = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        clock, power = map(float, found.stdout.split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None, None
+    return clock, power
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -112,8 +159,20 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
     float32 products run at torch's default precision: without TF32.
     """
+    _warm_up(device, dtype)
     rates = [_matrix_rate(side, device, dtype) for side in MATRIX_SIDES[device.type]]
     return Ceilings(matrix_tflops=max(rates), copy_gb_per_s=_copy_rate(device))
+
+
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Bring a GPU to its power limit, where it stays for the rest of the run."""
+    if device.type != "cuda":
+        return
+    matrix = torch.randn(MATRIX_SIDES["cuda"][0], MATRIX_SIDES["cuda"][0], device=device, dtype=dtype)
+    end = time.perf_counter() + WARM_S
+    while time.perf_counter() < end:
+        matrix @ matrix
+        torch.cuda.synchronize()
 
 
 def _matrix_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -130,13 +189,13 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _duration_ms(call: Call, device: torch.device) -> float:
-    return time_interleaved({"call": call}, device, RATE_RUNS[device.type])["call"].p50_ms
+    return time_interleaved({"call": call}, device, RATE_RUNS[device.type], head_start=True)["call"].p50_ms
 
 
-def _quantiles(durations_ms: list[float]) -> Timing:
+def _quantiles(durations_ms: list[float]) -> tuple[float, float, float]:
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, p50, p80 = torch.tensor(durations_ms, dtype=torch.float64).quantile(points).tolist()
-    return Timing(p20, p50, p80, len(durations_ms))
+    return p20, p50, p80
 
 
 def _progress(rounds: Iterable[int], label: str) -> Iterable[int]:

@@ -49,7 +49,11 @@ def test_what_cannot_run_is_one_line(
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     with caplog.at_level(logging.WARNING):
-        rows = run(fusion.main, *SIZE, "--device", "cpu", "--batch", "1", "--hidden-width", "16")
+        rows = run(
+            fusion.main,
+            *(*SIZE, "--device", "cpu", "--batch", "1", "--hidden-width", "16"),
+            *("--implementations", *implementations.IMPLEMENTATIONS),
+        )
     assert [row["implementation"] for row in rows] == ["definition", "folded"]
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line.split(":")[0] for line in lines] == [
@@ -77,6 +81,48 @@ def test_a_wrong_result_is_not_timed(
             rows = run(fusion.main, *arguments)
         assert {row["implementation"] for row in rows} == {"definition"}
         assert "skipped folded (batch 1, H 16): wrong result" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_left_out_is_not_timed(
+    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    right = implementations.folded.fuse_layers
+
+    def without_a_layer(states: Any, experts: Any, spec: Any) -> Any:
+        return right([torch.zeros_like(states[0]), *states[1:]], experts, spec)
+
+    monkeypatch.setattr(implementations.folded, "fuse_layers", without_a_layer)
+    arguments = ("--layers", "12", "--width", "64", "--tokens", "16", "--repeats", "1", "--dtype", dtype)
+    rows = run(
+        fusion.main,
+        *(*arguments, "--device", "cpu", "--batch", "1", "--hidden-width", "96"),
+        *("--implementations", "definition", "folded"),
+    )
+    assert [row["implementation"] for row in rows] == ["definition"]
+    assert "skipped folded (batch 1, H 96): wrong result, relative error" in caplog.text
+
+
+def test_an_element_left_unwritten_is_not_timed(
+    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no token is checked against the definition."""
+    right = implementations.folded.fuse_layers
+    static: list[torch.Tensor] = []
+
+    def leave_one(*arguments: Any) -> Any:
+        result = right(*arguments)
+        if not static:
+            static.append(result.tokens)
+        static[0][:, : fusion.CHECK_STRIDE - 1] = result.tokens[:, : fusion.CHECK_STRIDE - 1]
+        static[0][:, fusion.CHECK_STRIDE :] = result.tokens[:, fusion.CHECK_STRIDE :]
+        return result._replace(tokens=static[0])
+
+    monkeypatch.setattr(implementations.folded, "fuse_layers", leave_one)
+    arguments = (*SIZE, "--device", "cpu", "--batch", "1", "--hidden-width", "16")
+    rows = run(fusion.main, *arguments, "--implementations", "definition", "folded")
+    assert [row["implementation"] for row in rows] == ["definition"]
+    assert "skipped folded (batch 1, H 16): wrong result, not finite" in caplog.text
 
 
 def test_a_size_that_memory_does_not_hold_is_skipped(

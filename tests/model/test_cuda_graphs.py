@@ -58,7 +58,7 @@ def photo(seed: int = 0, side: int = 256) -> Tensor:
 
 def test_encode_and_decode_run_nothing_that_a_capture_forbids(loaded):
     with Recorder() as recorder:
-        latents = loaded.encode(photo(side=64), normalize=True)
+        latents = loaded.latents(photo(side=64), normalize=True)
         with torch.no_grad():
             loaded.pixels(latents, normalize=True)
     assert "aten::addmm" in recorder.names or "aten::linear" in recorder.names
@@ -97,7 +97,7 @@ def test_only_a_gpu_captures():
 
 def capture_encode(tokenizer: Tokenizer, buckets: tuple[int, ...]) -> CapturedBuckets:
     example = photo().expand(buckets[-1], -1, -1, -1).to(tokenizer.device, tokenizer.dtype)
-    return CapturedBuckets(lambda images: tokenizer.encode(images, normalize=True), example, buckets)
+    return CapturedBuckets(lambda images: tokenizer.latents(images, normalize=True), example, buckets)
 
 
 @pytest.mark.gpu
