@@ -10,12 +10,15 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from cli.errors import UsageError
+from service.engine.devices import choose
 from service.settings import ENV_PREFIX, Settings, environment_warnings
 
 # What the commands on files take of the settings: the model, and how much of it at once.
 MODEL_FIELDS = ("checkpoint", "device", "fusion", "batch_size")
 # Limits of pictures, which hold for files too; the environment sets them.
 PICTURE_FIELDS = ("max_image_pixels", "max_aspect_ratio", "max_frames")
+# Files are made to be kept: the same numbers, whatever the device that made them.
+EXACT = {"dtype": "float32"}
 
 Subparsers = Any  # argparse keeps the class of add_subparsers' result private
 Run = Callable[[argparse.Namespace], int]
@@ -66,25 +69,25 @@ def add_settings(parser: argparse.ArgumentParser, fields: Collection[str] | None
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """The settings that flags, environment and defaults give, in that order.
 
-    Of the environment a command reads what concerns it: no port where none is opened.
+    Of the environment a command reads what concerns it: no port where none is opened. Commands on files are
+    `EXACT`, and get the batch size that suits the device.
 
     Raises:
         UsageError: a value out of bounds; names the flag or the variable.
+        UnavailableError: the device does not exist here.
     """
-    if "port" not in arguments.fields_read:  # serve logs them
+    is_service = "port" in arguments.fields_read
+    if not is_service:  # the service logs them
         for sentence in environment_warnings():
             print(f"drorae: {sentence}", file=sys.stderr)
     prefix = "setting_"
     given = {
         name.removeprefix(prefix): value for name, value in vars(arguments).items() if name.startswith(prefix)
     }
-    unread = {
-        name: field.default
-        for name, field in Settings.model_fields.items()
-        if name not in arguments.fields_read
-    }
+    defaults = {name: field.default for name, field in Settings.model_fields.items()} | EXACT
+    unread = {name: default for name, default in defaults.items() if name not in arguments.fields_read}
     try:
-        return Settings(**{**unread, **given})
+        settings = Settings(**{**unread, **given})
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         message = str(first["msg"]).removeprefix("Value error, ")
@@ -93,6 +96,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         name = str(first["loc"][0])
         source = _flag(name) if name in given else ENV_PREFIX + name.upper()
         raise UsageError(f"{source}: {message}, not {first['input']!r}") from exc
+    return settings if is_service or "batch_size" not in arguments.fields_read else choose(settings).settings
 
 
 def add_photos(parser: argparse.ArgumentParser) -> None:

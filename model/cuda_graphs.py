@@ -41,8 +41,8 @@ class CapturedBuckets:
     input, so that they take what the largest needs; they must not run at the same time.
 
     Args:
-        function: [B, ...] to [B, ...], such as `Tokenizer.encode`; must not wait for the device, and the
-            weights that it uses must not be moved or replaced afterwards.
+        function: [B, ...] to [B, ...], such as `Tokenizer.encode`, or to several such tensors; must not wait
+            for the device, and the weights that it uses must not be moved or replaced afterwards.
         example: a batch on a CUDA device, with the largest bucket's size and the dtype of all inputs.
         buckets: batch sizes to capture, ascending.
         pool: memory shared with other captures that never run at the same time
@@ -55,7 +55,7 @@ class CapturedBuckets:
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
         example: Tensor,
         buckets: Sequence[int],
         pool: Any = None,
@@ -74,8 +74,26 @@ class CapturedBuckets:
             # The largest first: the others then fit into its memory.
             self._graphs = {bucket: self._capture(bucket) for bucket in reversed(self.buckets)}
 
+    def inputs(self, num_items: int) -> Tensor:
+        """The memory [B, ...] that the next replay reads, to be written on the stream of the replay."""
+        return self._inputs[:num_items]
+
+    def replay(self, num_items: int) -> tuple[Tensor, ...]:
+        """Replay on what `inputs` holds, on the current stream.
+
+        Returns:
+            What the function gives, [B, ...] each, in memory that the next replay of any bucket overwrites.
+
+        Raises:
+            ValueError: B fits no bucket.
+        """
+        graph, results = self._graphs[bucket_for(num_items, self.buckets)]
+        with torch.cuda.device(self._inputs.device):
+            graph.replay()
+        return tuple(tensor[:num_items] for tensor in results)
+
     def __call__(self, batch: Tensor) -> Tensor:
-        """Replay on a batch.
+        """Replay on a batch, for a function of one result.
 
         Args:
             batch: [B, ...], on any device; B at most the largest bucket.
@@ -90,13 +108,13 @@ class CapturedBuckets:
         if batch.shape[1:] != self._inputs.shape[1:]:
             wanted = ", ".join(str(size) for size in self._inputs.shape[1:])
             raise ValueError(f"the batch has shape {list(batch.shape)}, expected [B, {wanted}]")
-        graph, results = self._graphs[bucket_for(num_items, self.buckets)]
+        bucket_for(num_items, self.buckets)
         with torch.cuda.device(self._inputs.device):
-            self._inputs[:num_items].copy_(batch, non_blocking=True)
-            graph.replay()
-            return results[:num_items].clone()
+            self.inputs(num_items).copy_(batch, non_blocking=True)
+            (results,) = self.replay(num_items)
+            return results.clone()
 
-    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         inputs = self._inputs[:bucket]
         # Off the main stream, as PyTorch asks: kernels compile and libraries set themselves up
         # before the capture, which allows neither.
@@ -111,4 +129,4 @@ class CapturedBuckets:
         # What other threads do meanwhile, such as batches of another device, is no part of it.
         with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             results = self._function(inputs)
-        return graph, results
+        return graph, results if isinstance(results, tuple) else (results,)

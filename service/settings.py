@@ -67,8 +67,10 @@ class Settings(BaseSettings):
         description="Where the model runs: auto (every visible GPU, else the CPU), cpu, cuda (every visible "
         "GPU) or cuda:N.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of the model's weights and activations."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the model's weights and activations: auto (bfloat16 where every GPU has compute "
+        "capability 8.0 or more, else float32) or one of the others.",
     )
     fusion: FusionSetting = Field(
         "auto",
@@ -89,11 +91,16 @@ class Settings(BaseSettings):
         description="Cores that a CPU's workers share out among them; 0 takes those of this process that its "
         "decoders leave.",
     )
-    batch_size: int = Field(8, ge=1, le=4096, description="Most items that go through the model at once.")
+    batch_size: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Most items that go through the model at once; 0 takes 64 on GPUs and 8 on a CPU.",
+    )
     batch_buckets: Annotated[tuple[PositiveInt, ...], NoDecode] = Field(
         (),
         description="Sizes that batches are padded to, ascending and separated by commas, the last of them "
-        "batch_size; empty takes 1, 2, 3, 4, 6, 8, 12, 16, ... up to it.",
+        "batch_size, which may then be 0; empty takes 1, 2, 3, 4, 6, 8, 12, 16, ... up to it.",
     )
     host: NonEmptyText = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(
@@ -320,7 +327,7 @@ class Settings(BaseSettings):
                 f"max_request_timeout_s={self.max_request_timeout_s:g}, the longest deadline there is"
             )
         buckets = self.batch_buckets
-        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != self.batch_size):
+        if buckets and (list(buckets) != sorted(set(buckets)) or self.batch_size not in (0, buckets[-1])):
             raise ValueError(
                 f"batch_buckets={','.join(map(str, buckets))} must ascend and end in "
                 f"batch_size={self.batch_size}"
@@ -329,7 +336,7 @@ class Settings(BaseSettings):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Sizes that batches are padded to, ascending; the last is ``batch_size``."""
+        """Sizes that batches are padded to, ascending. The batch size must not be left to the device."""
         return self.batch_buckets or default_buckets(self.batch_size)
 
 

@@ -7,7 +7,7 @@ from cli.options import Subparsers, add_command, add_settings, read_settings
 EXAMPLES = """\
   drorae serve
   drorae serve --checkpoint runs/phase3/checkpoint --port 9000
-  DRORAE_DEVICE=cuda DRORAE_DTYPE=bfloat16 drorae serve
+  DRORAE_DEVICE=cuda:1 DRORAE_BATCH_SIZE=128 drorae serve
   curl --data-binary @photo.jpg http://127.0.0.1:8000/reconstruct -o out.png
 """
 

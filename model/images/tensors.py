@@ -45,6 +45,14 @@ def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return unit / 255 if pixels.dtype == torch.uint8 else unit
 
 
+def write_unit(pixels: Tensor, out: Tensor) -> None:
+    """`to_unit` into a tensor of that shape, by a single kernel; floats are copied, whatever their range."""
+    if pixels.dtype == torch.uint8:
+        torch.div(pixels, 255, out=out)
+    else:
+        out.copy_(pixels, non_blocking=True)
+
+
 def checked_images(images: Images, side: int) -> Tensor:
     """Images that a tokenizer can take, as a tensor; rounding errors beyond [0, 1] are clamped.
 
@@ -104,18 +112,28 @@ def _clamped(images: Tensor) -> Tensor:
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """[..., 3, H, W] in [0, 1] to uint8, rounded."""
-    return pixels.mul(255).round().clamp(0, 255).to(torch.uint8)
+    """[..., 3, H, W] in [0, 1] to uint8, rounded; bytes stay."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    return pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def collate(inputs: Sequence[Tensor]) -> Tensor:
-    """Items to a batch; where only some images are bytes, all become floats in [0, 1]."""
+def collate(inputs: Sequence[Tensor], pin_memory: bool = False) -> Tensor:
+    """Items to a batch; where only some images are bytes, all become floats in [0, 1].
+
+    Args:
+        inputs: items of one shape.
+        pin_memory: whether the batch is page-locked, as copies to and from a GPU beside other work need it.
+    """
     if len({tensor.dtype for tensor in inputs}) > 1:
         inputs = [to_unit(tensor) for tensor in inputs]
-    if all(tensor.is_contiguous() for tensor in inputs):
-        return torch.stack(list(inputs))
     # Pictures as decoded are interleaved, and copied so: planes are made of them where the model runs.
-    return torch.stack([tensor.movedim(0, -1) for tensor in inputs]).movedim(-1, 1)
+    is_interleaved = not all(tensor.is_contiguous() for tensor in inputs)
+    items = [tensor.movedim(0, -1) if is_interleaved else tensor for tensor in inputs]
+    shape = (len(items), *items[0].shape)
+    batch = torch.empty(shape, dtype=items[0].dtype, pin_memory=pin_memory)
+    torch.stack(items, out=batch)
+    return batch.movedim(-1, 1) if is_interleaved else batch
 
 
 def dtype_name(dtype: torch.dtype) -> str:

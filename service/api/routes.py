@@ -22,6 +22,7 @@ from service.codecs.answers import (
     latent_dtype,
     latents_answer,
     offered_pictures,
+    picture_dtype,
     pictures_answer,
     reconstructions_answer,
 )
@@ -62,7 +63,7 @@ async def encode(request: Request) -> Response:
     async with admit(request, ENCODE, num_items) as place:
         payload = await read(request, place, num_items)
         images = await decode_images(request, place, options, payload, tokenizer)
-        key = BatchKey(ENCODE, options.latent, options.normalize)
+        key = BatchKey(ENCODE, options.latent, options.normalize, latent_dtype(options))
         latents = await compute(request, place, key, images, media_type)
         del images  # no pixel is needed while the answer is written
         write = partial(latents_answer, latents, media_type, options, Origin.of(tokenizer))
@@ -88,7 +89,7 @@ async def decode(request: Request) -> Response:
         batch = await decode_latents(request, place, options, payload, tokenizer)
         if batch.normalized:
             check_statistics(tokenizer)
-        key = BatchKey(DECODE, normalize=batch.normalized)
+        key = BatchKey(DECODE, normalize=batch.normalized, dtype=picture_dtype(media_type, options))
         pictures = await compute(request, place, key, batch.latents.unbind(), media_type)
         write = partial(pictures_answer, pictures, media_type, options, Origin.of(tokenizer))
         return await answer(request, place, write)
@@ -115,7 +116,8 @@ async def reconstruct(request: Request) -> Response:
         weights = None
         if options.router is not None:
             weights = await compute(request, place, BatchKey(ROUTE), images, media_type)
-        key = BatchKey(RECONSTRUCT, options.latent)
+        dtype = picture_dtype(media_type, options, compares=True)
+        key = BatchKey(RECONSTRUCT, options.latent, dtype=dtype)
         pictures = await compute(request, place, key, images, media_type)
         origin = Origin.of(tokenizer)
         write = partial(reconstructions_answer, pictures, images, weights, media_type, options, origin)
@@ -143,6 +145,7 @@ async def info(request: Request) -> Response:
         beta=config.fusion.beta if config.fusion else None,
         dtype=dtype_name(tokenizer.dtype),
         device=str(tokenizer.device),
+        reasons=dict(parts.engine.reasons),
         kernel_path=tokenizer.fusion_path,
         limits=Limits(
             **{name: getattr(settings, name) for name in Limits.model_fields}

@@ -149,7 +149,7 @@ async def decode_latents(
 async def compute(
     request: Request, place: Reservation, key: BatchKey, inputs: Sequence[Tensor], media_type: str
 ) -> Tensor:
-    """Put inputs through the engine. The result is [N, ...] float32, in the order of the inputs.
+    """Put inputs through the engine. The result is [N, ...] of the key's dtype, in the order of the inputs.
 
     Reserves the memory that is needed until the answer is sent, so that no result is computed in vain.
 

@@ -88,10 +88,10 @@ def latents_answer(
     origin: Origin,
     names: Mapping[str, str] | None = None,
 ) -> Answer:
-    """Latents [N, C, h, w] float32 as an answer.
+    """Latents [N, C, h, w] as an answer.
 
     Args:
-        latents: results of the model.
+        latents: results of the model, float32 or already of the answer's type.
         media_type: as negotiated.
         options: type of the numbers, and how the latents were made.
         origin: which model made them.
@@ -147,16 +147,31 @@ def offered_pictures(options: PictureOutOptions) -> tuple[str, ...]:
     return (first, *(media_type for media_type in PICTURE_MEDIA_TYPES if media_type != first))
 
 
+def picture_dtype(media_type: str, options: PictureOutOptions, compares: bool = False) -> torch.dtype:
+    """Type of the model's pictures that an answer is made of: bytes, unless it holds or compares numbers.
+
+    Args:
+        media_type: of the answer.
+        options: type of picture tensors.
+        compares: whether a JSON answer says how close pictures and originals are.
+    """
+    if media_type in (SAFETENSORS, NPY, RAW):
+        is_bytes = _is_postprocessed(options) or _picture_dtype(options) == "uint8"
+    else:
+        is_bytes = not (compares and media_type == JSON)
+    return torch.uint8 if is_bytes else torch.float32
+
+
 def pictures_answer(
     pictures: Tensor,
     media_type: str,
     options: PictureOutOptions,
     origin: Origin,
 ) -> Answer:
-    """Pictures [N, 3, S, S] in [0, 1] as an answer.
+    """Pictures [N, 3, S, S] as an answer.
 
     Args:
-        pictures: results of the model.
+        pictures: results of the model, of the type that `picture_dtype` says; bytes, or in [0, 1].
         media_type: as negotiated; several pictures under an image type become a zip of that type.
         options: type, range and layout of picture tensors.
         origin: which model made them.
@@ -207,19 +222,23 @@ def reconstructions_answer(
 
 
 def picture_tensor(pictures: Tensor, options: PictureOutOptions) -> Tensor:
-    """Pictures [N, 3, S, S] in [0, 1] in the type, range and layout that the options ask for.
+    """Pictures [N, 3, S, S], bytes or in [0, 1], in the type, range and layout that the options ask for.
 
     uint8 [N, 3, S, S] by default; with diffusers' ``output_type=pt`` floating point in [-1, 1], or
     uint8 [N, S, S, 3] after ``partial_postprocess``; with its ``output_type=pil`` (a processor on
     the client's side) floating point in [0, 1].
     """
-    if options.output_type == "pt" and options.partial_postprocess:
+    if _is_postprocessed(options):
         return to_bytes(pictures).permute(0, 2, 3, 1).contiguous()
     name = _picture_dtype(options)
     if name == "uint8":
-        return to_bytes(pictures)
+        return to_bytes(pictures).contiguous()
     value_range = options.range or ("unit" if options.output_type == "pil" else "signed")
     return (pictures * 2 - 1 if value_range == "signed" else pictures).to(tensors.DTYPES[name])
+
+
+def _is_postprocessed(options: PictureOutOptions) -> bool:
+    return options.output_type == "pt" and bool(options.partial_postprocess)
 
 
 def _picture_dtype(options: PictureOutOptions) -> str:

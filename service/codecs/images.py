@@ -61,7 +61,7 @@ def read_pixels(pixels: Tensor, rules: ImageRules, name: str = "the image") -> T
 
 
 def write_picture(pixels: Tensor, picture_format: PictureFormat) -> bytes:
-    """[3, H, W] in [0, 1] to the bytes of an image file."""
+    """[3, H, W], bytes or in [0, 1], to the bytes of an image file."""
     picture = Image.fromarray(to_bytes(pixels).permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     picture.save(buffer, picture_format, **_WRITE_OPTIONS[picture_format])

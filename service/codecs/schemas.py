@@ -248,6 +248,7 @@ class Info(_Document):
     beta: float | None = Field(description="Size of the incremental correction; null without fusion.")
     dtype: str = Field(description="Type of weights and activations.")
     device: str = Field(description="Where the model runs.")
+    reasons: dict[str, str] = Field(description="Why dtype and batch_size are what they are, by name.")
     kernel_path: str = Field(
         description="What computes the fusion: triton, folded or reference; none where there is no fusion."
     )

@@ -155,18 +155,15 @@ def write_safetensors(name: str, tensor: Tensor, metadata: Mapping[str, str]) ->
 
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Finite float32 to a narrower type.
+    """Finite numbers in a type that may be narrower. Where they are of it already, infinity was too large.
 
     Raises:
         OptionError: a number is too large for it.
     """
     narrowed = tensor.to(dtype)
-    largest = tensor.abs().max()
-    if dtype.is_floating_point and not torch.isfinite(largest.to(dtype)):
-        raise OptionError(
-            f"The numbers reach {largest.item():.4g}, too large for {str(dtype).removeprefix('torch.')}: "
-            f"ask for dtype=bfloat16 or float32."
-        )
+    if dtype.is_floating_point and first_non_finite(narrowed) is not None:
+        name = str(dtype).removeprefix("torch.")
+        raise OptionError(f"A number is too large for {name}: ask for dtype=bfloat16 or float32.")
     return narrowed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.cuda_graphs import bucket_for
 from model.images.tensors import collate
 from model.tokenizer import Tokenizer, finite_items
-from service.engine.operations import BatchKey, Operation
+from service.engine.operations import BatchKey, Operation, finished
 from service.engine.runners import Outcome
 from service.engine.warming import fast_buckets, measure
 
@@ -58,9 +58,10 @@ class CpuRunner:
         padding = bucket_for(num_items, self.buckets) - num_items
         batch = collate([*inputs, *itertools.repeat(inputs[-1], padding)])
         with torch.inference_mode():
-            results = key.operation.run(self._tokenizer, batch, key)
-            kept = results[:num_items].float().cpu()
-        return Done(Outcome(kept, finite_items(kept).tolist(), started_s, time.monotonic() - started_s))
+            results = key.operation.run(self._tokenizer, batch, key)[:num_items]
+            finite = finite_items(results).tolist()
+            kept = finished(results, key.dtype)
+        return Done(Outcome(kept, finite, started_s, time.monotonic() - started_s))
 
     def free_memory(self) -> None:
         pass

@@ -1,33 +1,34 @@
-"""The runner of a GPU: pinned buffers, copies beside the computation, captured graphs.
+"""The runner of a GPU: page-locked memory, copies beside the computation, captured graphs.
 
 A batch is launched before the last one has ended, so that the host's work and the copies overlap with the
-device's work.
+device's work. The host does no arithmetic: bytes go in as they were decoded, and results leave the device in
+the type of the answer.
 
-Shape legend: n items of a batch, S image side, C h w a latent.
+Shape legend: B items of a bucket, n items of a batch, S image side, C h w a latent.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from model.cuda_graphs import CapturedBuckets
-from model.images.tensors import to_unit
+from model.images.tensors import collate, write_unit
 from model.tokenizer import Tokenizer, finite_items
-from service.engine.operations import OPERATIONS, BatchKey, Operation
+from service.engine.operations import OPERATIONS, BatchKey, Operation, finished
 from service.engine.runners import Outcome
 from service.engine.warming import fast_buckets, measure
 
 
 class CudaRunner:
-    """Runs batches on one GPU: pinned buffers, asynchronous copies, every bucket a captured graph.
+    """Runs batches on one GPU: page-locked memory, asynchronous copies, every bucket a captured graph.
 
     The model runs on one stream, copies in and out on two others. Two batches are on their way at a time:
-    while the device runs one, the host fills the buffers of the next. Each holds a slot of buffers, from its
-    launch until it has been waited for or has failed, so that no batch's results are overwritten.
+    while the device runs one, the host fills the memory of the next. PyTorch keeps page-locked memory that
+    is let go, and gives it out again once the copies that used it have ended.
 
     Args:
         tokenizer: on the GPU.
@@ -45,9 +46,6 @@ class CudaRunner:
         self._device = tokenizer.device
         with torch.cuda.device(self._device):
             self._compute, self._upload, self._download = (torch.cuda.Stream() for _ in range(3))
-        side = tokenizer.config.image_size
-        item_numel = max(3 * side * side, torch.Size(tokenizer.config.latent_shape).numel())
-        self._free = [_Slot(buckets[-1], item_numel) for _ in range(self.depth)]
         self._captured: dict[BatchKey, CapturedBuckets] = {}
 
     def warm(self) -> Mapping[Operation, float]:
@@ -64,113 +62,69 @@ class CudaRunner:
         return measure(self, self._tokenizer)
 
     def launch(self, key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
-        assert self._free, f"more than {self.depth} batches launched and not waited for"
-        slot = self._free.pop()
-        try:
-            return self._queue(slot, key, inputs)
-        except BaseException:
-            self.reclaim(slot)
-            raise
-
-    def release(self, slot: "_Slot") -> None:
-        """Take back the slot of a batch whose copies have ended."""
-        assert slot not in self._free
-        self._free.append(slot)
-
-    def reclaim(self, slot: "_Slot") -> None:
-        """Take back the slot of a batch that failed, once the device no longer copies into or out of it."""
-        try:
-            for stream in (self._upload, self._compute, self._download):
-                with torch.cuda.stream(stream):
-                    reached = torch.cuda.Event(blocking=True)
-                    reached.record()
-                reached.synchronize()
-        finally:  # a device that cannot even wait is broken, and copies nothing
-            self.release(slot)
-
-    def _queue(self, slot: "_Slot", key: BatchKey, inputs: Sequence[Tensor]) -> "CudaLaunched":
-        """Queue the copies and kernels of one batch on the streams."""
-        num_items = len(inputs)
         with torch.cuda.device(self._device), torch.inference_mode():
             began, ended, copied = (
                 torch.cuda.Event(enable_timing=timed, blocking=True) for timed in (True, True, False)
             )
             with torch.cuda.stream(self._upload):
-                batch = slot.fill(inputs).to(self._device, non_blocking=True)
+                batch = collate(inputs, pin_memory=True).to(self._device, non_blocking=True)
             self._compute.wait_stream(self._upload)
             with torch.cuda.stream(self._compute):
                 began.record()
                 batch.record_stream(self._compute)
-                results = self._captured[key](to_unit(batch, self._tokenizer.dtype))
-                finite = finite_items(results)
+                on_device = self._compute_batch(key, batch)
                 ended.record()
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):
-                for tensor in (results, finite):
-                    tensor.record_stream(self._download)
-                host_results = slot.results(results).copy_(results, non_blocking=True)
-                host_finite = slot.finite[:num_items].copy_(finite, non_blocking=True)
+                results, finite = (_downloaded(tensor, self._download) for tensor in on_device)
                 copied.record()
-        return CudaLaunched(self, slot, host_results, host_finite, began, ended, copied)
+        return CudaLaunched(results, finite, began, ended, copied)
 
     def free_memory(self) -> None:
         torch.cuda.empty_cache()
 
-    def _function(self, key: BatchKey) -> Callable[[Tensor], Tensor]:
-        return lambda batch: key.operation.run_unchecked(self._tokenizer, batch, key)
+    def _compute_batch(self, key: BatchKey, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Queue a batch [n, ...]; its results, and which of them are finite, in memory of their own."""
+        captured = self._captured[replace(key, dtype=key.operation.usual.dtype)]
+        write_unit(batch, captured.inputs(len(batch)))
+        *results, finite = captured.replay(len(batch))
+        ready = next((tensor for tensor in results if tensor.dtype == key.dtype), None)
+        return finished(results[0], key.dtype) if ready is None else ready.clone(), finite.clone()
+
+    def _function(self, key: BatchKey) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """The captured work: results [B, ...] in the model's type and in the key's, and which are finite."""
+
+        def run(batch: Tensor) -> tuple[Tensor, ...]:
+            results = key.operation.run_unchecked(self._tokenizer, batch, key)
+            return results, finished(results, key.dtype), finite_items(results)
+
+        return run
 
 
-class _Slot:
-    """Page-locked memory of one batch on its way, its input and its result."""
-
-    def __init__(self, num_items: int, item_numel: int) -> None:
-        num_bytes = num_items * item_numel * torch.float32.itemsize
-        self._input = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self._output = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self.finite = torch.empty(num_items, dtype=torch.bool, pin_memory=True)
-
-    def fill(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Copy items into the buffer; a view [n, ...] of it comes back."""
-        dtypes = {tensor.dtype for tensor in inputs}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        batch = _view(self._input, (len(inputs), *inputs[0].shape), dtype)
-        for place, tensor in zip(batch, inputs, strict=True):
-            place.copy_(tensor)
-            if tensor.dtype == torch.uint8 != dtype:
-                place.div_(255)
-        return batch
-
-    def results(self, like: Tensor) -> Tensor:
-        """A view of the buffer with the shape and dtype of a device's tensor."""
-        return _view(self._output, tuple(like.shape), like.dtype)
-
-
-def _view(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    return buffer[:num_bytes].view(dtype).view(*shape)
+def _downloaded(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    """Page-locked memory that a device's tensor is being copied to, on the current stream."""
+    tensor.record_stream(stream)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class CudaLaunched:
-    """A batch whose copies and kernels are queued on the GPU. It holds a slot until it is waited for."""
+    """A batch whose copies and kernels are queued on the GPU.
 
-    runner: CudaRunner
-    slot: _Slot
-    host_results: Tensor
-    host_finite: Tensor
+    Attributes:
+        results: [n, ...] on the host, there once ``copied`` is reached.
+        finite: [n], likewise.
+        began, ended: around the computation.
+        copied: behind the copies to the host.
+    """
+
+    results: Tensor
+    finite: Tensor
     began: torch.cuda.Event
     ended: torch.cuda.Event
     copied: torch.cuda.Event
 
     def wait(self) -> Outcome:
-        try:
-            self.copied.synchronize()
-            device_s = self.began.elapsed_time(self.ended) / 1e3
-            # The next batch overwrites the buffers, so results are copied, and become float32 on the way.
-            results = self.host_results.to(torch.float32, copy=True)
-            outcome = Outcome(results, self.host_finite.tolist(), time.monotonic() - device_s, device_s)
-        except BaseException:
-            self.runner.reclaim(self.slot)
-            raise
-        self.runner.release(self.slot)
-        return outcome
+        self.copied.synchronize()
+        device_s = self.began.elapsed_time(self.ended) / 1e3
+        return Outcome(self.results, self.finite.tolist(), time.monotonic() - device_s, device_s)

@@ -1,6 +1,7 @@
-"""Devices: those that a setting means, the model on them, and how a CPU's cores are shared out."""
+"""Devices: those that a setting means, what suits them, the model on them, and how CPUs are shared out."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,10 @@ from service.settings import Settings
 
 MAX_CPU_WORKERS = 4
 MAX_DECODERS = 32
+CPU_BATCH_SIZE = 8
+GPU_BATCH_SIZE = 64
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability (major, minor) from which on GPUs multiply bfloat16 matrices (Ampere, 2020)."""
 _FEW_CPUS = 2
 
 
@@ -24,7 +29,7 @@ def load_tokenizer(settings: Settings) -> Tokenizer:
         UnavailableError: the device does not exist here.
     """
     device = visible_devices(settings.device)[0]
-    dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, choose(settings).settings.dtype)
     return Tokenizer.load(settings.checkpoint, device=device, dtype=dtype, fusion=settings.fusion)
 
 
@@ -44,6 +49,52 @@ def visible_devices(device: str) -> list[str]:
     if int(device.removeprefix("cuda:")) >= num_gpus:
         raise UnavailableError(f"The device {device!r} is not there: PyTorch sees {num_gpus} GPUs.")
     return [device]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings that leave nothing to the devices.
+
+    Attributes:
+        settings: with a dtype and a batch size.
+        reasons: why these two are as they are, a phrase by the setting's name.
+    """
+
+    settings: Settings
+    reasons: Mapping[str, str]
+
+
+def choose(settings: Settings) -> Chosen:
+    """Choose dtype and batch size for the devices, where the settings leave them open.
+
+    Raises:
+        UnavailableError: the device does not exist here.
+    """
+    gpus = [device for device in visible_devices(settings.device) if device != "cpu"]
+    dtype, of_dtype = settings.dtype, "as set"
+    if dtype == "auto":
+        dtype, of_dtype = _dtype_for(gpus)
+    batch_size, of_batch_size = settings.batch_size, "as set"
+    if batch_size == 0 and settings.batch_buckets:
+        batch_size, of_batch_size = settings.batch_buckets[-1], "the last of batch_buckets"
+    elif batch_size == 0:
+        batch_size = GPU_BATCH_SIZE if gpus else CPU_BATCH_SIZE
+        of_batch_size = f"{batch_size} suits {'a GPU' if gpus else 'a CPU'}"
+    chosen = settings.model_copy(update={"dtype": dtype, "batch_size": batch_size})
+    return Chosen(chosen, {"dtype": of_dtype, "batch_size": of_batch_size})
+
+
+def _dtype_for(gpus: Sequence[str]) -> tuple[str, str]:
+    """The type of all devices, since answers must not depend on which of them computes, and the reason."""
+    if not gpus:
+        return "float32", "float32 is the fastest on a CPU"
+    capabilities = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus}
+    oldest = min(gpus, key=capabilities.__getitem__)
+    shown = f"{oldest} has compute capability {'.'.join(map(str, capabilities[oldest]))}"
+    least = ".".join(map(str, BFLOAT16_CAPABILITY))
+    if capabilities[oldest] >= BFLOAT16_CAPABILITY:
+        return "bfloat16", f"{shown}, and {least} is enough for bfloat16"
+    return "float32", f"{shown}, and bfloat16 needs {least}"
 
 
 @dataclass(frozen=True)

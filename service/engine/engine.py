@@ -6,7 +6,7 @@ Life of an engine: LOADING -> READY -> DRAINING -> STOPPED, or FAILED from any o
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from weakref import WeakSet
@@ -18,8 +18,8 @@ from model.images.tensors import dtype_name
 from model.tokenizer import Tokenizer
 from service.engine.cpu import CpuRunner
 from service.engine.cuda import CudaRunner
-from service.engine.devices import load_tokenizer, resident_bytes, share_cpus, visible_devices
-from service.engine.operations import RECONSTRUCT, BatchKey
+from service.engine.devices import choose, load_tokenizer, resident_bytes, share_cpus, visible_devices
+from service.engine.operations import RECONSTRUCT
 from service.engine.queue import FairQueue, Job
 from service.engine.rates import Rates
 from service.engine.runners import Runner
@@ -75,6 +75,8 @@ class Engine:
         failure: the reason of its failure; None while there is none.
         broken: whether a device hung or died, at the start or later, rather than a checkpoint or a setting
             being unusable.
+        reasons: why dtype and batch size are what they are, a phrase by the setting's name; empty while
+            loading.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Engine:
         self.rates = Rates()
         self.failure: str | None = None
         self.broken = False
+        self.reasons: Mapping[str, str] = {}
         self._settings = settings
         self._metrics = metrics
         self._load = load
@@ -249,7 +252,8 @@ class Engine:
             self._settled.set()
 
     def _load_runners(self) -> list[Runner]:
-        settings = self._settings
+        chosen = choose(self._settings)
+        settings, self._settings, self.reasons = chosen.settings, chosen.settings, chosen.reasons
         runners: list[Runner] = []
         for device in visible_devices(settings.device):
             self._starter.computes = device == "cpu"
@@ -307,13 +311,14 @@ class Engine:
                 "batches of more than %d items are %s and are left out: raise it, or lower batch_size=%d",
                 *(self.batch_size, advice, settings.batch_size),
             )
+            self.reasons = {**self.reasons, "batch_size": f"a batch of {settings.batch_size} is {advice}"}
         needed_s = SLACK * max(worker.batch_s for worker in self._workers)
         if needed_s > self._batch_limit_s:
             self._batch_limit_s = needed_s
             logger.warning("a batch of %d is %s: it may take %.3g s", self.batch_size, advice, needed_s)
 
     def _probe(self, runner: Runner) -> None:
-        runner.launch(BatchKey(RECONSTRUCT), [RECONSTRUCT.sample(self.tokenizer)]).wait()
+        runner.launch(RECONSTRUCT.usual, [RECONSTRUCT.sample(self.tokenizer)]).wait()
 
     def _watch_memory(self, name: str) -> None:
         gauge = self._metrics.device_memory_bytes

@@ -5,12 +5,13 @@ A row of this table is all that queue, runners, routes, OpenAPI document and met
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from model.images.tensors import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 
 Run = Callable[[Tokenizer, Tensor, "BatchKey"], Tensor]
@@ -34,15 +35,21 @@ class Operation:
     run: Run
     run_unchecked: Run
 
+    @property
+    def usual(self) -> "BatchKey":
+        """The kind of batch of requests without options."""
+        dtypes = {"latents": torch.float16, "pictures": torch.uint8, "weights": torch.float32}
+        return BatchKey(self, dtype=dtypes[self.gives])
+
     def keys(self, tokenizer: Tokenizer) -> "list[BatchKey]":
-        """Every kind of batch that the tokenizer can run, the plain one first."""
+        """Every kind of batch that the tokenizer can run, of the usual type; the usual one first."""
         if self.gives == "weights":
-            return [BatchKey(self)] if tokenizer.has_router else []
-        keys = [BatchKey(self)]
+            return [self.usual] if tokenizer.has_router else []
+        keys = [self.usual]
         if tokenizer.has_statistics and "latents" in (self.takes, self.gives):
-            keys.append(BatchKey(self, normalize=True))
+            keys.append(replace(self.usual, normalize=True))
         if self.takes == "images":
-            keys.append(BatchKey(self, "base"))
+            keys.append(replace(self.usual, latent="base"))
         return keys
 
     def sample(self, tokenizer: Tokenizer) -> Tensor:
@@ -72,11 +79,20 @@ class BatchKey:
         operation: of all of them.
         latent: which latent is made of images.
         normalize: whether latents, in or out, are normalised per position.
+        dtype: of the results: a float, or uint8 for pictures as interleaved bytes.
     """
 
     operation: Operation
     latent: LatentKind = "enriched"
     normalize: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def finished(results: Tensor, dtype: torch.dtype) -> Tensor:
+    """The model's results [B, ...] in the type of a key; pictures in [0, 1] to interleaved bytes."""
+    if dtype != torch.uint8:
+        return results.to(dtype)
+    return to_bytes(results.float()).contiguous(memory_format=torch.channels_last)
 
 
 ENCODE = Operation(

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from model.images.tensors import collate
 from service.engine.operations import OPERATIONS, BatchKey, Operation
 
 
@@ -36,8 +36,8 @@ class Job:
         deadline_s: on the clock of `time.monotonic`; items not begun by then are not begun.
 
     Attributes:
-        future: the results [N, ...] in order, float32 on the CPU, or the first item's error. It cannot be
-            cancelled by itself: `Engine.cancel` takes a job back.
+        future: the results [N, ...] in order, of the key's dtype and on the CPU, or the first item's error.
+            It cannot be cancelled by itself: `Engine.cancel` takes a job back.
     """
 
     def __init__(self, key: BatchKey, inputs: Sequence[Tensor], deadline_s: float) -> None:
@@ -69,7 +69,7 @@ class Job:
                 return
             ordered = [self._results[i] for i in range(len(self))]
             self._results.clear()
-            self.future.set_result(ordered[0][None] if len(ordered) == 1 else torch.stack(ordered))
+            self.future.set_result(ordered[0][None] if len(ordered) == 1 else collate(ordered))
 
     def fail(self, error: Exception) -> bool:
         """Settle the job with an error; False if it was settled already."""

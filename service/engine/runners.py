@@ -19,7 +19,7 @@ class Outcome:
     """The outcome of a batch.
 
     Attributes:
-        results: [n, ...] float32 on the CPU.
+        results: [n, ...] of the batch's dtype, on the CPU.
         finite: for each item whether all of its numbers are.
         started_s: when the device began, on the clock of `time.monotonic`.
         device_s: how long it took, seconds.

@@ -17,7 +17,7 @@ _MEASURE_S = 2.0
 def measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
     """Seconds that one batch of the largest bucket takes, by operation that the tokenizer can run."""
     return {
-        operation: _best_s(runner, tokenizer, BatchKey(operation), runner.buckets[-1], _MEASURE_S)
+        operation: _best_s(runner, tokenizer, operation.usual, runner.buckets[-1], _MEASURE_S)
         for operation in OPERATIONS
         if operation.keys(tokenizer)
     }
@@ -25,7 +25,7 @@ def measure(runner: Runner, tokenizer: Tokenizer) -> Mapping[Operation, float]:
 
 def fast_buckets(runner: Runner, tokenizer: Tokenizer, limit_s: float) -> tuple[int, ...]:
     """Run the buckets, ascending: keeps the smallest, and those that take well below ``limit_s``."""
-    key = BatchKey(RECONSTRUCT)  # encodes and decodes: nothing takes longer
+    key = RECONSTRUCT.usual  # encodes and decodes: nothing takes longer
     kept: list[int] = []
     for bucket in runner.buckets:
         batch_s = _best_s(runner, tokenizer, key, bucket, SLACK * limit_s, enough_s=limit_s / SLACK)

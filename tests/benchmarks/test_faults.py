@@ -170,7 +170,7 @@ def test_every_operation_passes_the_fault() -> None:
 
 
 def test_a_service_that_does_not_start_shows_why() -> None:
-    with pytest.raises(LaunchError, match=r"status 2[\s\S]*BATCH_SIZE"), launch({"batch_size": "0"}):
+    with pytest.raises(LaunchError, match=r"status 2[\s\S]*BATCH_SIZE"), launch({"batch_size": "-1"}):
         pass
 
 

@@ -141,8 +141,8 @@ def test_the_gpu_overlay(compose: Path) -> None:
     assert service["image"] == "drorae:cuda"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
-    assert service["environment"]["DRORAE_DTYPE"] == "bfloat16"
-    assert service["environment"]["DRORAE_BATCH_SIZE"] == "64"
+    left_to_the_gpu = {"DRORAE_DTYPE", "DRORAE_BATCH_SIZE"}
+    assert not left_to_the_gpu & service["environment"].keys()
     caches = [mount for mount in service["tmpfs"] if mount.startswith("/var/cache/drorae:")]
     assert len(caches) == 1
     assert "exec" in caches[0].partition(":")[2].split(",")

@@ -427,6 +427,8 @@ def test_info(client: httpx.Client, tokenizer: Tokenizer) -> None:
     assert info["beta"] == 0.2
     assert (info["device"], info["dtype"], info["kernel_path"]) == ("cpu", "float32", tokenizer.fusion_path)
     assert info["limits"]["max_items_per_request"] == 8
+    assert info["limits"]["batch_size"] == 8
+    assert info["reasons"].keys() == {"dtype", "batch_size"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The GPU's runner on a stubbed device: slots, failures beside a batch in flight, results that stay apart."""
+"""The GPU's runner on a stubbed device: failures beside a batch in flight, and results that stay apart."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ class Faults:
 
 
 class Device:
-    """Does what is queued on it only once somebody waits: a buffer that was reused by then holds another's.
+    """Does what is queued on it only once somebody waits: memory that was reused by then holds another's.
 
     Attributes:
         in_flight: batches whose end has not been waited for.
@@ -60,6 +60,8 @@ class Device:
         self.faults = Faults()
         self.in_flight = 0
         self.overlaps: list[int] = []
+        self.launched: list[list[float]] = []
+        """Values of the batch that is being launched; the device has not read them yet."""
 
     def queue(self, work: Callable[[], Any]) -> int:
         """Queue work; its place, for `run_until`."""
@@ -103,7 +105,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         def elapsed_time(self, other: "Event") -> float:
             return 1.0
 
-    copy, empty = torch.Tensor.copy_, torch.empty
+    copy, empty, empty_like = torch.Tensor.copy_, torch.empty, torch.empty_like
 
     def copy_lazily(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if non_blocking:
@@ -111,13 +113,21 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
             return target
         return copy(target, source)
 
+    def clone_lazily(tensor: Tensor) -> Tensor:
+        return copy_lazily(empty_like(tensor), tensor, non_blocking=True)
+
+    def without_pinning(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, pin_memory=False, **kwargs: function(*args, **kwargs)
+
     for name, stub in {"Stream": Stream, "Event": Event, "empty_cache": lambda: None}.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
     monkeypatch.setattr(torch.Tensor, "copy_", copy_lazily)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(torch.Tensor, "clone", clone_lazily)
+    monkeypatch.setattr(torch, "empty", without_pinning(empty))
+    monkeypatch.setattr(torch, "empty_like", without_pinning(empty_like))
     return lazy
 
 
@@ -135,19 +145,42 @@ class Fake:
     has_statistics = False
 
 
+class Graph:
+    """A model that gives each item back, once the device comes to it, in memory that replays overwrite."""
+
+    def __init__(self, device: Device, num_items: int) -> None:
+        self._device = device
+        self._inputs = torch.zeros(num_items, 1, 1, 1)
+        self._results = torch.zeros(num_items, 1, 1, 1)
+        self._finite = torch.zeros(num_items, dtype=torch.bool)
+
+    def inputs(self, num_items: int) -> Tensor:
+        return self._inputs[:num_items]
+
+    def _run(self, num_items: int) -> None:
+        for index in range(num_items):
+            self._results[index] = self._inputs[index]
+            self._finite[index] = True
+
+    def replay(self, num_items: int) -> tuple[Tensor, ...]:
+        self._device.overlaps.append(self._device.in_flight)
+        self._device.faults.launch(self._device.launched.pop())
+        self._device.queue(lambda: self._run(num_items))
+        self._device.in_flight += 1
+        return self._results[:num_items], self._finite[:num_items]
+
+
 def make_runner(device: Device, buckets: tuple[int, ...]) -> CudaRunner:
-    """A runner whose model gives each item back, when the device comes to it."""
+    """A runner on a stubbed device."""
     runner = CudaRunner(Fake(), buckets)  # type: ignore[arg-type]
+    runner._captured = {operations.DECODE.usual: Graph(device, buckets[-1])}  # type: ignore[dict-item]
+    launch = runner.launch
 
-    def captured(batch: Tensor) -> Tensor:
-        device.overlaps.append(device.in_flight)
-        device.faults.launch(batch.flatten().tolist())
-        results = torch.zeros_like(batch)
-        device.queue(lambda: results.add_(batch))
-        device.in_flight += 1
-        return results
+    def noting_launch(key: BatchKey, inputs: list[Tensor]) -> Any:
+        device.launched.append([float(tensor) for tensor in inputs])
+        return launch(key, inputs)
 
-    runner._captured = {DECODE: captured}  # type: ignore[dict-item]
+    runner.launch = noting_launch  # type: ignore[method-assign, assignment]
     return runner
 
 
@@ -199,8 +232,6 @@ def test_a_failure_beside_a_batch_in_flight_gives_nobody_anothers_result(
     wrong = [pair for pair in zip(requests, given, strict=True) if pair[0] != pair[1]]
     assert all(isinstance(error, type) for _, error in wrong), wrong
     assert len(wrong) <= len(at), "a fault fails one request at most"
-    assert len(runner._free) == runner.depth, "every slot came back, once"
-    assert len(set(map(id, runner._free))) == runner.depth
 
 
 def test_two_batches_are_in_flight_where_nothing_fails(device: Device) -> None:
@@ -233,17 +264,45 @@ def test_recovery_never_overlaps_a_batch_and_finds_the_guilty(
     assert device.overlaps[failed + 1 : failed + 1 + num_retries] == [0] * num_retries
 
 
-def test_a_slot_is_not_reused_before_the_device_has_done_with_it(device: Device) -> None:
-    """A launch that fails after its copies were queued waits for them."""
-    runner = make_runner(device, (1,))
-    touched: list[str] = []
+class Pictures:
+    """A graph of pictures, as the runner captures it: floats, the same as bytes, and which are finite."""
 
-    def failing(batch: Tensor) -> Tensor:
-        device.queue(lambda: touched.append("the batch is read"))
-        raise OUT_OF_MEMORY
+    def __init__(self) -> None:
+        self.read = torch.full((2, 3, 4, 4), -1.0)
+        floats = torch.rand(2, 3, 4, 4)
+        self.results = floats, operations.finished(floats, torch.uint8), torch.tensor([True, False])
 
-    runner._captured = {DECODE: failing}  # type: ignore[dict-item]
-    with pytest.raises(torch.OutOfMemoryError):
-        runner.launch(DECODE, [torch.zeros(1, 1, 1)])
-    assert touched == ["the batch is read"]
-    assert len(runner._free) == runner.depth
+    def inputs(self, num_items: int) -> Tensor:
+        return self.read[:num_items]
+
+    def replay(self, num_items: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[:num_items] for tensor in self.results)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("num_items", [1, 2])
+def test_results_come_in_the_type_of_the_answer_and_are_not_copied_again(
+    device: Device, dtype: torch.dtype, num_items: int
+) -> None:
+    runner, graph = make_runner(device, (1, 2)), Pictures()
+    runner._captured = {operations.RECONSTRUCT.usual: graph}  # type: ignore[dict-item]
+    interleaved = torch.randint(0, 256, (num_items, 4, 4, 3), dtype=torch.uint8).movedim(-1, 1)
+    launched = CudaRunner.launch(
+        runner, BatchKey(operations.RECONSTRUCT, dtype=dtype), list(interleaved.unbind())
+    )
+    outcome = launched.wait()
+    assert outcome.results is launched.results
+    assert outcome.finite == [True, False][:num_items]
+    assert outcome.results.dtype == dtype
+    assert torch.equal(outcome.results, operations.finished(graph.results[0][:num_items], dtype))
+    is_interleaved = outcome.results.is_contiguous(memory_format=torch.channels_last)
+    assert is_interleaved == (dtype == torch.uint8)
+    assert torch.equal(graph.read[:num_items], interleaved.float() / 255)
+
+
+def test_a_batch_mixes_pictures_as_bytes_and_as_floats(device: Device) -> None:
+    runner, graph = make_runner(device, (1, 2)), Pictures()
+    runner._captured = {operations.RECONSTRUCT.usual: graph}  # type: ignore[dict-item]
+    as_bytes = torch.randint(0, 256, (4, 4, 3), dtype=torch.uint8).movedim(-1, 0)
+    CudaRunner.launch(runner, operations.RECONSTRUCT.usual, [as_bytes, torch.full((3, 4, 4), 0.25)]).wait()
+    assert torch.equal(graph.read, torch.stack([as_bytes / 255, torch.full((3, 4, 4), 0.25)]))
