@@ -93,7 +93,7 @@ def output_name(photo: Sample, source: Path) -> Path:
 
 
 def read_photo(sample: Sample, rules: ImageRules) -> Tensor:
-    """An image file to [3, S, S] float32 in [0, 1], exactly as the service reads it.
+    """An image file to [3, S, S] float32 in [0, 1], bit by bit as training reads it.
 
     Raises:
         UsageError: it cannot be read or is no image; names the file.

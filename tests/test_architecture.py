@@ -76,6 +76,7 @@ LIBRARIES = {
     "starlette": "service/app service/server service/api service/http service/pages benchmarks",
     "uvicorn": "service/server service/http benchmarks",
     "httptools": "service/http",
+    "cykooz_resizer": "model/images",
     "httpx": "cli/remote drorae_client benchmarks",
     "opentelemetry": "service/telemetry",
     "prometheus_client": "service/telemetry service/api benchmarks",

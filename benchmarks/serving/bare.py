@@ -68,7 +68,9 @@ def measure(checkpoint: str, photos: Sequence[bytes], variant: Variant, duration
     torch.set_num_threads(variant.num_threads)
     tokenizer = Tokenizer.load(checkpoint)
     limits = Settings(checkpoint=checkpoint)
-    rules = ImageRules(tokenizer.config.image_size, limits.max_image_pixels, limits.max_aspect_ratio)
+    rules = ImageRules(
+        tokenizer.config.image_size, limits.max_image_pixels, limits.max_aspect_ratio, exact=False
+    )
     counts = [0] * variant.num_loops
     ends_s = [0.0] * variant.num_loops
     together = threading.Barrier(variant.num_loops + 1)

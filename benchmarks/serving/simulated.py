@@ -85,7 +85,9 @@ class ImageCode:
 
     def __init__(self, config: TokenizerConfig) -> None:
         limits = Settings()
-        self.rules = ImageRules(config.image_size, limits.max_image_pixels, limits.max_aspect_ratio)
+        self.rules = ImageRules(
+            config.image_size, limits.max_image_pixels, limits.max_aspect_ratio, exact=False
+        )
 
     def read(self, data: bytes) -> Tensor:
         """An image file to the device's input."""

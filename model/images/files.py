@@ -22,6 +22,8 @@ from model.errors import ImageError
 logger = logging.getLogger(__name__)
 
 Fit = Literal["crop", "pad", "stretch"]
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edge of a part of a picture, pixels."""
 
 # What Pillow's decoders are known to raise on damaged files.
 DECODER_ERRORS = (
@@ -48,6 +50,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings an EXIF orientation upright."""
+_SWAPPED = frozenset({5, 6, 7, 8})
+_FROM_THE_RIGHT, _FROM_THE_BOTTOM = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
+"""EXIF orientations whose sides change places, and that come upright mirrored in x, and in y."""
 _WIDE_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
@@ -59,13 +64,28 @@ _GAMMA_THRESHOLD = 0.05
 
 def upright(picture: Image.Image) -> Image.Image:
     """The first frame with EXIF orientation applied; unreadable EXIF counts as none."""
+    transpose = _UPRIGHT.get(_orientation(picture))
+    return picture if transpose is None else picture.transpose(transpose)
+
+
+def upright_box(picture: Image.Image, width: float, height: float) -> Box:
+    """Where ``width`` x ``height`` pixels from a picture's top left corner are once it is `upright`."""
+    orientation = _orientation(picture)
+    left, top = picture.width - width, picture.height - height  # where mirrored
+    if orientation in _SWAPPED:
+        left, top, width, height = top, left, height, width
+    left *= orientation in _FROM_THE_RIGHT
+    top *= orientation in _FROM_THE_BOTTOM
+    return left, top, left + width, top + height
+
+
+def _orientation(picture: Image.Image) -> Any:
+    """What the EXIF data says, usually a number from 1 to 8."""
     try:
-        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
+        return picture.getexif().get(_ORIENTATION_TAG, 1)
     except DECODER_ERRORS:
         logger.debug("ignored unreadable EXIF data", exc_info=True)
-        return picture
-    transpose = _UPRIGHT.get(orientation)
-    return picture if transpose is None else picture.transpose(transpose)
+        return 1
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
@@ -130,7 +150,8 @@ def _apply_profile(picture: Image.Image, info: Mapping[Any, Any]) -> Image.Image
         else:
             assert converted is not None
             return converted
-    picture = picture.convert("RGB")
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
     gamma = info.get("gamma", 0.0)
     if "srgb" in info or not 0 < gamma < 10 or abs(gamma * 2.2 - 1) < _GAMMA_THRESHOLD:
         return picture
@@ -151,6 +172,12 @@ def fit_picture(picture: Image.Image, side: int, fit: Fit = "crop") -> Image.Ima
     size = fitted_size(*picture.size, side, fit)
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
+    return cropped(picture, side, fit)
+
+
+def cropped(picture: Image.Image, side: int, fit: Fit) -> Image.Image:
+    """The centre [S, S] of a picture that was resized; padded with white where it is smaller."""
+    size = picture.size
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     if fit == "pad":
         padded = Image.new("RGB", (side, side), _WHITE)
@@ -161,7 +188,7 @@ def fit_picture(picture: Image.Image, side: int, fit: Fit = "crop") -> Image.Ima
     return picture.crop((left, top, left + side, top + side))
 
 
-def fitted_size(width: int, height: int, side: int, fit: Fit) -> tuple[int, int]:
+def fitted_size(width: float, height: float, side: int, fit: Fit) -> tuple[int, int]:
     """Width and height after the resize and before the crop or the padding."""
     if fit == "stretch":
         return side, side

@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from model.errors import ImageError
-from model.images.files import narrow, to_srgb, upright
+from model.images.files import Box, narrow, to_srgb, upright, upright_box
 from model.images.jpeg import strip_jpeg
 from model.images.png import strip_png
 from model.images.tiff import strip_tiff
@@ -66,6 +66,26 @@ class OpenPicture:
         """
         self.image.load()
         return to_srgb(upright(self.finish(self.image)))
+
+    def read_reduced(self, width: int, height: int) -> tuple[Image.Image, Box]:
+        """As `read`, but a JPEG file at half, a quarter or an eighth of its size, where that is large enough.
+
+        Its decoder then leaves out the finest frequencies instead of averaging pixels: several times as fast.
+
+        Args:
+            width: fewest pixels of a row, before the picture is turned upright.
+            height: fewest rows.
+
+        Returns:
+            The picture, and the box of it that shows the photo: an outermost row or column may be partial.
+
+        Raises:
+            as `read` does.
+        """
+        drafted = self.image.draft(None, (width, height))
+        extent = drafted[1][2:] if drafted else self.image.size
+        box = upright_box(self.image, *extent)
+        return self.read(), box
 
 
 def sniff(data: bytes) -> str | None:

@@ -91,7 +91,8 @@ async def decode(request: Request) -> Response:
             check_statistics(tokenizer)
         key = BatchKey(DECODE, normalize=batch.normalized, dtype=picture_dtype(media_type, options))
         pictures = await compute(request, place, key, batch.latents.unbind(), media_type)
-        write = partial(pictures_answer, pictures, media_type, options, Origin.of(tokenizer))
+        png = parts.settings.png_compression
+        write = partial(pictures_answer, pictures, media_type, options, Origin.of(tokenizer), png=png)
         return await answer(request, place, write)
 
 
@@ -119,8 +120,8 @@ async def reconstruct(request: Request) -> Response:
         dtype = picture_dtype(media_type, options, compares=True)
         key = BatchKey(RECONSTRUCT, options.latent, dtype=dtype)
         pictures = await compute(request, place, key, images, media_type)
-        origin = Origin.of(tokenizer)
-        write = partial(reconstructions_answer, pictures, images, weights, media_type, options, origin)
+        origin, png = Origin.of(tokenizer), parts.settings.png_compression
+        write = partial(reconstructions_answer, pictures, images, weights, media_type, options, origin, png)
         return await answer(request, place, write)
 
 

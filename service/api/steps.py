@@ -111,6 +111,7 @@ async def decode_images(
         limits.max_aspect_ratio,
         options.fit,
         limits.max_frames,
+        exact=limits.exact_images or options.exact,
     )
     place.hold_bytes(reading_bytes(kind, len(payload.data)))
     with _timed(request, "decode", parts.metrics.body_decode_seconds):

@@ -17,7 +17,7 @@ from model.images.similarity import psnr, ssim
 from model.images.tensors import dtype_name, to_bytes, to_unit
 from model.tokenizer import Tokenizer
 from service.codecs import tensors
-from service.codecs.images import PictureFormat, write_picture
+from service.codecs.images import PictureFormat, PngCompression, write_picture
 from service.codecs.json.documents import write_document
 from service.codecs.json.files import write_files
 from service.codecs.json.numbers import write_numbers
@@ -167,6 +167,7 @@ def pictures_answer(
     media_type: str,
     options: PictureOutOptions,
     origin: Origin,
+    png: PngCompression = "fast",
 ) -> Answer:
     """Pictures [N, 3, S, S] as an answer.
 
@@ -175,11 +176,12 @@ def pictures_answer(
         media_type: as negotiated; several pictures under an image type become a zip of that type.
         options: type, range and layout of picture tensors.
         origin: which model made them.
+        png: how PNG files are compressed.
     """
     if media_type in (SAFETENSORS, NPY, RAW):
         return _tensor_answer("images", picture_tensor(pictures, options), media_type, origin.metadata())
     picture_format = _PICTURE_FORMATS.get(media_type, _fallback_format(options))
-    files = [write_picture(pixels, picture_format) for pixels in pictures]
+    files = [write_picture(pixels, picture_format, png) for pixels in pictures]
     if media_type == JSON:
         fields = PicturesOut(**_json_fields(options, origin))
         return Answer(write_document(fields, {"images": write_files(files)}), JSON)
@@ -195,6 +197,7 @@ def reconstructions_answer(
     media_type: str,
     options: ReconstructOptions,
     origin: Origin,
+    png: PngCompression = "fast",
 ) -> Answer:
     """Reconstructions [N, 3, S, S] in [0, 1] as an answer; JSON says how close they are to the originals.
 
@@ -205,15 +208,15 @@ def reconstructions_answer(
         media_type: as for `pictures_answer`.
         options: what else JSON tells, and the form of picture tensors.
         origin: which model made them.
+        png: how PNG files are compressed.
     """
     if media_type != JSON:
-        return pictures_answer(pictures, media_type, options, origin)
+        return pictures_answer(pictures, media_type, options, origin, png)
     fields = {**_json_fields(options, origin), **_closeness(pictures, originals)}
     picture_format = _fallback_format(options)
-    lists = {"images": write_files(write_picture(pixels, picture_format) for pixels in pictures)}
+    lists = {"images": write_files(write_picture(pixels, picture_format, png) for pixels in pictures)}
     if options.originals:
-        units = (to_unit(pixels) for pixels in originals)
-        lists["originals"] = write_files(write_picture(pixels, picture_format) for pixels in units)
+        lists["originals"] = write_files(write_picture(pixels, picture_format, png) for pixels in originals)
     if router_weights is not None:
         fields["router_mean"] = router_weights.mean(dim=(2, 3)).tolist()
         if options.router == "maps":

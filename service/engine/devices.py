@@ -71,9 +71,7 @@ def choose(settings: Settings) -> Chosen:
         UnavailableError: the device does not exist here.
     """
     gpus = [device for device in visible_devices(settings.device) if device != "cpu"]
-    dtype, of_dtype = settings.dtype, "as set"
-    if dtype == "auto":
-        dtype, of_dtype = _dtype_for(gpus)
+    dtype, of_dtype = _dtype_for(gpus) if settings.dtype == "auto" else (settings.dtype, "as set")
     batch_size, of_batch_size = settings.batch_size, "as set"
     if batch_size == 0 and settings.batch_buckets:
         batch_size, of_batch_size = settings.batch_buckets[-1], "the last of batch_buckets"

@@ -1,4 +1,4 @@
-"""Image files to pixels, with Pillow alone. Decoder processes and `service.codecs.images` run it.
+"""Image files to pixels, without PyTorch. Decoder processes and `service.codecs.images` run it.
 
 Every picture is brought to RGB [S, S, 3], S the model's image size: EXIF orientation applied, colours
 converted to sRGB by the embedded ICC profile where there is one, alpha composited on white, then
@@ -14,8 +14,9 @@ from PIL import Image, ImageFile
 from model.errors import ImageError as ModelImageError
 from model.errors import PictureCostError
 from model.images.costs import MAX_FRAMES, Extent, check_parts, measure_picture
-from model.images.files import DECODER_ERRORS, Fit, fit_picture
-from model.images.opening import READABLE_FORMATS, open_picture, sniff
+from model.images.files import DECODER_ERRORS, Fit, fit_picture, fitted_size
+from model.images.opening import READABLE_FORMATS, OpenPicture, open_picture, sniff
+from model.images.quick import REDUCING_GAP, fit_quickly
 from service.errors import ImageError, MalformedError, TooLargeError
 
 UNKNOWN_PIXELS = 2**20
@@ -31,13 +32,17 @@ class ImagePart(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageRules:
-    """Limits of an image (pixels, ratio of the sides, frames), and the side and fit of the result."""
+    """Limits of an image (pixels, ratio of the sides, frames), and the side and fit of the result.
+
+    ``exact`` results are those of training, bit by bit; others are close to them, and made faster.
+    """
 
     side: int
     max_pixels: int
     max_aspect_ratio: float
     fit: Fit = "crop"
     max_frames: int = MAX_FRAMES
+    exact: bool = True
 
 
 def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Image.Image:
@@ -66,7 +71,7 @@ def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Ima
         with open_picture(data) as picture:
             check_size(*picture.size, rules, name)
             _check_opened(picture.image, extent, rules)
-            rgb = picture.read()
+            return _read_fitted(picture, rules)
     except Image.DecompressionBombError as exc:  # WebP and tiled TIFF: Pillow looks before we can
         raise TooLargeError(
             f"{capital(name)} declares more pixels than can be decoded: {_reason(exc)}."
@@ -79,7 +84,14 @@ def decode_image(data: bytes, rules: ImageRules, name: str = "the image") -> Ima
         raise MalformedError(
             f"{capital(name)} is a damaged or truncated {kind} file: {_reason(exc)}."
         ) from exc
-    return fit_picture(rgb, rules.side, rules.fit)
+
+
+def _read_fitted(picture: OpenPicture, rules: ImageRules) -> Image.Image:
+    if rules.exact:
+        return fit_picture(picture.read(), rules.side, rules.fit)
+    width, height = fitted_size(*picture.size, rules.side, rules.fit)
+    reduced, box = picture.read_reduced(REDUCING_GAP * width, REDUCING_GAP * height)
+    return fit_quickly(reduced, box, rules.side, rules.fit)
 
 
 def check_size(width: int, height: int, rules: ImageRules, name: str) -> None:

@@ -55,6 +55,8 @@ def test_every_flag_reaches_its_setting(run, served):
         "max_request_pixels": 6,
         "max_aspect_ratio": 2.5,
         "max_frames": 12,
+        "exact_images": True,
+        "png_compression": "small",
         "max_items_per_request": 3,
         "queue_limit_items": 4,
         "queue_limit_bytes": 5000,
@@ -75,7 +77,9 @@ def test_every_flag_reaches_its_setting(run, served):
         "otlp_endpoint": "http://collector:4318",
     }
     assert set(given) == set(Settings.model_fields)
-    flags = [str(part) for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags: list[str] = []
+    for name, value in given.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     run("serve", *flags)
     received = served[0].model_dump(mode="json") | {"api_keys": served[0].api_keys.get_secret_value()}
     assert {

@@ -46,7 +46,7 @@ def picture(number: int) -> bytes:
 
 def check(results: list[Any], pictures: list[bytes], tokenizer: Tokenizer) -> None:
     """Every picture has its own latents, in order."""
-    images = torch.stack([read_image(data, ImageRules(SIDE, 10**6, 20)) for data in pictures])
+    images = torch.stack([read_image(data, ImageRules(SIDE, 10**6, 20, exact=False)) for data in pictures])
     expected = tokenizer.encode(images).numpy()
     found = np.concatenate([result.array for result in results])
     assert found.shape == expected.shape

@@ -26,7 +26,7 @@ from service.photos.decode import ImageRules
 from service.settings import Settings
 
 SIDE = 64
-RULES = ImageRules(SIDE, 10**6, 20)
+RULES = ImageRules(SIDE, 10**6, 20, exact=False)
 LATENT_FORMATS = ("safetensors", "npy", "json", "raw")
 MEDIA_TYPES = {
     "safetensors": "application/x-safetensors",
@@ -214,7 +214,7 @@ def test_latent_bodies_are_sniffed(client: httpx.Client, latents: Tensor, conten
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_fit(client: httpx.Client, tokenizer: Tokenizer, png: bytes, fit: str) -> None:
     response = client.post("/encode", content=png, params={"fit": fit, "dtype": "float32"})
-    image = read_image(png, ImageRules(SIDE, 10**6, 20, fit))[None]  # type: ignore[arg-type]
+    image = read_image(png, ImageRules(SIDE, 10**6, 20, fit, exact=False))[None]  # type: ignore[arg-type]
     torch.testing.assert_close(tensor_of(response, "latents"), tokenizer.encode(image), rtol=1e-4, atol=1e-4)
 
 
@@ -397,6 +397,36 @@ def test_reconstruct_to_tensors(
     response = client.post("/reconstruct", content=png, params={"format": answer_format, "latent": latent})
     expected = to_bytes(tokenizer.reconstruct(original, latent=latent))  # type: ignore[arg-type]
     assert (tensor_of(response, "images").int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("asked", ["query", "setting"])
+def test_exact_pixels_are_those_of_training(
+    serve: Any, client: httpx.Client, checkpoint: Path, tokenizer: Tokenizer, to_file: Any, asked: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    photo = to_file(Image.fromarray(noise), "JPEG")
+    image = read_image(photo, ImageRules(SIDE, 10**6, 20, exact=True))
+    expected = tokenizer.encode(image[None]).half().numpy()
+    options = {"format": "npy"}
+    quick = np.load(io.BytesIO(client.post("/encode", content=photo, params=options).content))
+    assert not np.array_equal(quick, expected)
+    if asked == "query":
+        response = client.post("/encode", content=photo, params={**options, "exact": "true"})
+    else:
+        with serve(create_app(Settings(checkpoint=str(checkpoint), exact_images=True))) as running:
+            response = running.client.post("/encode", content=photo, params=options)
+    np.testing.assert_allclose(np.load(io.BytesIO(response.content)), expected, atol=1e-2)
+    assert abs(quick.astype(float) - expected).max() > 1e-2
+
+
+def test_png_answers_are_small_or_fast(
+    serve: Any, checkpoint: Path, client: httpx.Client, png: bytes
+) -> None:
+    fast = client.post("/reconstruct", content=png).content
+    with serve(create_app(Settings(checkpoint=str(checkpoint), png_compression="small"))) as running:
+        small = running.client.post("/reconstruct", content=png).content
+    assert small != fast
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(small))), np.asarray(Image.open(io.BytesIO(fast))))
 
 
 def test_reconstruct_to_json_says_how_close(
