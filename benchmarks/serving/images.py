@@ -114,8 +114,8 @@ def photo(size: tuple[int, int], noise: float = 3) -> Image.Image:
     source = max(SAMPLES.glob("*.jpg"), key=lambda path: path.stat().st_size)
     with Image.open(source) as opened:
         pixels = np.asarray(opened.convert("RGB").resize(size, Image.Resampling.LANCZOS), np.float32)
-    pixels = pixels + np.random.default_rng(0).normal(0, noise, pixels.shape)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    noisy = pixels + np.random.default_rng(0).normal(0, noise, pixels.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
 def jpeg(size: tuple[int, int], **options: bool) -> bytes:
@@ -132,7 +132,7 @@ def _preparation(name: str, data: bytes, bar: float | None = None) -> Case:
     def exactly() -> bytes:
         check_parts(data)
         with open_picture(data) as picture:
-            return fit_picture(picture.read().copy(), SIDE).tobytes()
+            return fit_picture(picture.read(), SIDE).tobytes()
 
     return Case(name, exactly, lambda: decode_image(data, rules).tobytes(), bar)
 

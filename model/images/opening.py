@@ -64,8 +64,8 @@ class OpenPicture:
             ImageError: pixels that have no defined colours.
             DECODER_ERRORS: the file is damaged.
         """
-        self.image.load()
-        return to_srgb(upright(self.finish(self.image)))
+        picture = self._decode()
+        return picture.copy() if picture is self.image else picture
 
     def read_reduced(self, width: int, height: int) -> tuple[Image.Image, Box]:
         """As `read`, but a JPEG file at half, a quarter or an eighth of its size, where that is large enough.
@@ -77,7 +77,8 @@ class OpenPicture:
             height: fewest rows.
 
         Returns:
-            The picture, and the box of it that shows the photo: an outermost row or column may be partial.
+            The picture, which may not outlive the file, and the box of it that shows the photo: an outermost
+            row or column may be partial.
 
         Raises:
             as `read` does.
@@ -85,7 +86,12 @@ class OpenPicture:
         drafted = self.image.draft(None, (width, height))
         extent = drafted[1][2:] if drafted else self.image.size
         box = upright_box(self.image, *extent)
-        return self.read(), box
+        return self._decode(), box
+
+    def _decode(self) -> Image.Image:
+        """The first frame in upright sRGB, perhaps as the file's own picture, which ends with it."""
+        self.image.load()
+        return to_srgb(upright(self.finish(self.image)))
 
 
 def sniff(data: bytes) -> str | None:

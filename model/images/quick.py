@@ -6,14 +6,15 @@ Pillow's on machines that it has no wheel for. Both round in another order than 
 results are some 55 dB apart.
 """
 
+from importlib.util import find_spec
+
 from PIL import Image
 
 from model.images.files import Box, Fit, cropped, fitted_size
 
-try:
+HAS_VECTORS = find_spec("cykooz_resizer") is not None
+if HAS_VECTORS:
     from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
-except ModuleNotFoundError:  # pragma: no cover
-    Resizer = None
 
 REDUCING_GAP = 2
 """How many times larger than wanted a picture stays that is reduced first: 1 would show, at 3 none does."""
@@ -38,7 +39,7 @@ def _resized(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Ima
     if factor > 1:
         picture = picture.reduce(factor)
         left, top, right, bottom = (edge / factor for edge in box)
-    if Resizer is None:
+    if not HAS_VECTORS:
         return picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     source = ImageData(*picture.size, PixelType.U8x3, picture.tobytes())
     target = ImageData(*size, PixelType.U8x3)
