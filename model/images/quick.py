@@ -32,9 +32,9 @@ def fit_quickly(picture: Image.Image, box: Box, side: int, fit: Fit = "crop") ->
 
 
 def _resized(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    if (box[2] - box[0], box[3] - box[1]) == size:
-        return picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
     left, top, right, bottom = box
+    if right - left == size[0] and bottom - top == size[1]:
+        return picture.crop((round(left), round(top), round(right), round(bottom)))
     factor = int(min((right - left) / size[0], (bottom - top) / size[1]) / REDUCING_GAP)
     if factor > 1:
         picture = picture.reduce(factor)
