@@ -56,6 +56,7 @@ def test_every_flag_reaches_its_setting(run, served):
         "max_aspect_ratio": 2.5,
         "max_frames": 12,
         "exact_images": True,
+        "page": "off",
         "png_compression": "small",
         "max_items_per_request": 3,
         "queue_limit_items": 4,
