@@ -339,10 +339,15 @@ def _on_one_thread() -> Iterator[None]:
             torch.set_num_threads(num_threads)
 
 
+def largest_magnitudes(batch: Tensor) -> Tensor:
+    """Of the numbers of each item of [B, ...], [B]; NaN or infinite where one of them is."""
+    return batch.flatten(1).abs().amax(dim=1)
+
+
 def finite_items(batch: Tensor) -> Tensor:
     """Which items of [B, ...] hold neither a NaN nor an infinity, [B] bool.
 
     By the largest magnitude, which either of them takes over: ten times as fast on a CPU as asking every
     number.
     """
-    return torch.isfinite(batch.flatten(1).abs().amax(dim=1))
+    return torch.isfinite(largest_magnitudes(batch))

@@ -29,6 +29,7 @@ from service.http.middleware import (
     CrossOriginMiddleware,
     GateMiddleware,
     RequestMiddleware,
+    ShortcutMiddleware,
 )
 from service.http.problems import answer_http_exception
 from service.pages.routes import DOCS_PATH, PAGE_PATH, page_routes
@@ -137,4 +138,5 @@ def _middleware(settings: Settings, parts: Parts, keys: ApiKeys, tracing: Tracin
         max_request_timeout_s=settings.max_request_timeout_s,
         retry_after_s=settings.retry_after_s,
     )
-    return [*layers, gate]
+    handlers = {(endpoint.method, endpoint.path): endpoint.handler for endpoint in ENDPOINTS}
+    return [*layers, gate, Middleware(ShortcutMiddleware, handlers=handlers)]

@@ -201,6 +201,11 @@ class VersionError(ServiceError):
     status, slug, title = 505, "http-version", "HTTP version not supported"
 
 
+def overflowing(dtype: str) -> OptionError:
+    """The error for numbers that are too large for the type that was asked for."""
+    return OptionError(f"A number is too large for {dtype}: ask for dtype=bfloat16 or float32.")
+
+
 def from_model(error: ModelError) -> ServiceError:
     """The service's error for one of the model package's, with the same sentence."""
     kinds = {LatentError: LatentsError, ModelImageError: ImageError}

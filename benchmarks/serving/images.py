@@ -149,8 +149,8 @@ def _results(name: str, results: Tensor, dtype: torch.dtype) -> Case:
     """The wait for a GPU's results: widened to float32, against as the device leaves them."""
     as_computed, as_answered = results.to(torch.bfloat16), finished(results, dtype)
     event = cast(torch.cuda.Event, _Reached())
-    finite = torch.ones(BATCH, dtype=torch.bool)
-    launched = CudaLaunched(as_answered, finite, event, event, event)
+    largest = torch.ones(BATCH, dtype=torch.bfloat16)
+    launched = CudaLaunched(as_answered, largest, event, event, event)
     return Case(f"wait for {name}", lambda: as_computed.to(torch.float32, copy=True), launched.wait, 5.0)
 
 

@@ -1,12 +1,10 @@
 """The table of routes: where each one is, what answers it, and what goes in and out."""
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import Response
 
 from service.api import routes
 from service.codecs.media_types import JSON, LATENT_MEDIA_TYPES, PICTURE_MEDIA_TYPES, RAW
@@ -25,12 +23,11 @@ from service.codecs.schemas import (
     ReconstructOptions,
 )
 from service.engine.operations import DECODE, ENCODE, RECONSTRUCT, Operation
+from service.http.middleware import Handler
 
 JsonObject = dict[str, Any]
 Schemas = Mapping[str, JsonObject]
 """JSON schema of a body or an answer by media type."""
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 BINARY: JsonObject = {"type": "string", "format": "binary"}

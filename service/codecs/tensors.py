@@ -16,7 +16,7 @@ from torch import Tensor
 from model.tokenizer import finite_items
 from service.codecs.json.documents import unique_names
 from service.codecs.json.slices import copied
-from service.errors import LatentsError, MalformedError, OptionError, UnprocessableError
+from service.errors import LatentsError, MalformedError, OptionError, UnprocessableError, overflowing
 
 DTYPES: Mapping[str, torch.dtype] = {
     "uint8": torch.uint8,
@@ -155,15 +155,16 @@ def write_safetensors(name: str, tensor: Tensor, metadata: Mapping[str, str]) ->
 
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Finite numbers in a type that may be narrower. Where they are of it already, infinity was too large.
+    """Finite numbers in a type that may be narrower.
 
     Raises:
         OptionError: a number is too large for it.
     """
+    if tensor.dtype == dtype:
+        return tensor
     narrowed = tensor.to(dtype)
     if dtype.is_floating_point and first_non_finite(narrowed) is not None:
-        name = str(dtype).removeprefix("torch.")
-        raise OptionError(f"A number is too large for {name}: ask for dtype=bfloat16 or float32.")
+        raise overflowing(str(dtype).removeprefix("torch."))
     return narrowed
 
 

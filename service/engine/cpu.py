@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.cuda_graphs import bucket_for
 from model.images.tensors import collate
-from model.tokenizer import Tokenizer, finite_items
+from model.tokenizer import Tokenizer, largest_magnitudes
 from service.engine.operations import BatchKey, Operation, finished
 from service.engine.runners import Outcome
 from service.engine.warming import fast_buckets, measure
@@ -59,9 +59,9 @@ class CpuRunner:
         batch = collate([*inputs, *itertools.repeat(inputs[-1], padding)])
         with torch.inference_mode():
             results = key.operation.run(self._tokenizer, batch, key)[:num_items]
-            finite = finite_items(results).tolist()
+            largest = largest_magnitudes(results)
             kept = finished(results, key.dtype)
-        return Done(Outcome(kept, finite, started_s, time.monotonic() - started_s))
+            return Done(Outcome.judged(kept, largest, started_s, time.monotonic() - started_s))
 
     def free_memory(self) -> None:
         pass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.cuda_graphs import CapturedBuckets
 from model.images.tensors import collate, write_unit
-from model.tokenizer import Tokenizer, finite_items
+from model.tokenizer import Tokenizer, largest_magnitudes
 from service.engine.operations import OPERATIONS, BatchKey, Operation, finished
 from service.engine.runners import Outcome
 from service.engine.warming import fast_buckets, measure
@@ -76,27 +76,27 @@ class CudaRunner:
                 ended.record()
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):
-                results, finite = (_downloaded(tensor, self._download) for tensor in on_device)
+                results, largest = (_downloaded(tensor, self._download) for tensor in on_device)
                 copied.record()
-        return CudaLaunched(results, finite, began, ended, copied)
+        return CudaLaunched(results, largest, began, ended, copied)
 
     def free_memory(self) -> None:
         torch.cuda.empty_cache()
 
     def _compute_batch(self, key: BatchKey, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Queue a batch [n, ...]; its results, and which of them are finite, in memory of their own."""
+        """Queue a batch [n, ...]; its results and their magnitudes [n], in memory of their own."""
         captured = self._captured[replace(key, dtype=key.operation.usual.dtype)]
         write_unit(batch, captured.inputs(len(batch)))
-        *results, finite = captured.replay(len(batch))
+        *results, largest = captured.replay(len(batch))
         ready = next((tensor for tensor in results if tensor.dtype == key.dtype), None)
-        return finished(results[0], key.dtype) if ready is None else ready.clone(), finite.clone()
+        return finished(results[0], key.dtype) if ready is None else ready.clone(), largest.clone()
 
     def _function(self, key: BatchKey) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """The captured work: results [B, ...] in the model's type and in the key's, and which are finite."""
+        """The captured work: results [B, ...] in the model's type and in the key's, and magnitudes [B]."""
 
         def run(batch: Tensor) -> tuple[Tensor, ...]:
             results = key.operation.run_unchecked(self._tokenizer, batch, key)
-            return results, finished(results, key.dtype), finite_items(results)
+            return results, finished(results, key.dtype), largest_magnitudes(results)
 
         return run
 
@@ -113,13 +113,13 @@ class CudaLaunched:
 
     Attributes:
         results: [n, ...] on the host, there once ``copied`` is reached.
-        finite: [n], likewise.
+        largest: [n], likewise: the largest magnitude of each item, in the model's type.
         began, ended: around the computation.
         copied: behind the copies to the host.
     """
 
     results: Tensor
-    finite: Tensor
+    largest: Tensor
     began: torch.cuda.Event
     ended: torch.cuda.Event
     copied: torch.cuda.Event
@@ -127,4 +127,4 @@ class CudaLaunched:
     def wait(self) -> Outcome:
         self.copied.synchronize()
         device_s = self.began.elapsed_time(self.ended) / 1e3
-        return Outcome(self.results, self.finite.tolist(), time.monotonic() - device_s, device_s)
+        return Outcome.judged(self.results, self.largest, time.monotonic() - device_s, device_s)

@@ -7,7 +7,7 @@ Shape legend: n items of a batch, S image side, C h w a latent.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -20,15 +20,24 @@ class Outcome:
 
     Attributes:
         results: [n, ...] of the batch's dtype, on the CPU.
-        finite: for each item whether all of its numbers are.
+        finite: for each item whether all of its numbers were, in the model's type.
+        fits: likewise in the type of the results.
         started_s: when the device began, on the clock of `time.monotonic`.
         device_s: how long it took, seconds.
     """
 
     results: Tensor
     finite: Sequence[bool]
+    fits: Sequence[bool]
     started_s: float
     device_s: float
+
+    @classmethod
+    def judged(cls, results: Tensor, largest: Tensor, started_s: float, device_s: float) -> Self:
+        """An outcome whose items are judged by their largest magnitudes [n], in the model's type."""
+        in_type = largest.to(results.dtype) if results.is_floating_point() else largest
+        finite, fits = largest.isfinite().tolist(), in_type.isfinite().tolist()
+        return cls(results, finite, fits, started_s, device_s)
 
 
 class Launched(Protocol):

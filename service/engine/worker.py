@@ -14,6 +14,7 @@ import torch
 
 from model.cuda_graphs import bucket_for
 from model.errors import ModelError
+from model.images.tensors import dtype_name
 from service.engine.operations import BatchKey, Operation
 from service.engine.queue import FairQueue, Ticket
 from service.engine.rates import Rates
@@ -25,6 +26,7 @@ from service.errors import (
     LatentsError,
     ServiceError,
     from_model,
+    overflowing,
 )
 from service.telemetry.metrics import Metrics
 
@@ -258,12 +260,15 @@ class Worker(threading.Thread):
         self._rates.record(key.operation, len(tickets), cost_s)
         self._account_from_now()
         self._record(key, len(tickets), outcome, tickets[0].job.times.taken_s)
-        for ticket, result, finite in zip(tickets, outcome.results, outcome.finite, strict=True):
+        judged = zip(tickets, outcome.results, outcome.finite, outcome.fits, strict=True)
+        for ticket, result, finite, fits in judged:
             times = ticket.job.times
             times.started_s, times.finished_s = outcome.started_s, finished_s
-            if finite:
+            if finite and fits:
                 self._count(key.operation, "ok")
                 ticket.job.deliver(ticket.index, result)
+            elif finite:
+                self._fail(ticket, overflowing(dtype_name(key.dtype)))
             else:
                 overflow = "The model's result overflows: the values given are too large for it."
                 self._fail(ticket, LatentsError(overflow))

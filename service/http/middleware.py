@@ -9,23 +9,25 @@ import asyncio
 import functools
 import logging
 import re
-import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import InternalError, OptionError, PreflightError, UnauthorizedError, UnavailableError
 from service.http.keys import ApiKeys
 from service.http.problems import problem_response
-from service.telemetry.context import RequestContext
+from service.telemetry.context import RequestContext, random_bits
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import TRACE_HEADERS, FinishedRequest, Tracing, trace_ids
 
 logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 REQUEST_ID_HEADER = "X-Request-ID"
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -210,6 +212,31 @@ class GateMiddleware:
                 context.deadline_s = context.started_s + timeout_s
 
 
+class ShortcutMiddleware:
+    """Finds handlers by method and path in a table. Starlette's router behind it has all other requests.
+
+    The router tries one route after the other and wraps a handler in three layers: an eighth of the event
+    loop's time for a single photo.
+
+    Args:
+        app: the wrapped application.
+        handlers: of routes whose path is fixed, by method and path.
+    """
+
+    def __init__(self, app: ASGIApp, handlers: Mapping[tuple[str, str], Handler]) -> None:
+        self._app = app
+        self._handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_direct = scope["type"] == "http" and not scope.get("root_path")
+        handler = self._handlers.get((scope["method"], scope["path"])) if is_direct else None
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        response = await handler(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
 class CrossOriginMiddleware(CORSMiddleware):
     """Starlette's cross-origin rules, with refusals as problem documents."""
 
@@ -241,7 +268,7 @@ def usable_request_id(proposed: list[str]) -> str:
     """The client's id where it sent one that is short and plain, else a fresh one."""
     if len(proposed) == 1 and _REQUEST_ID.fullmatch(proposed[0]):
         return proposed[0]
-    return secrets.token_hex(16)
+    return f"{random_bits(128):032x}"
 
 
 def parse_timeout_s(values: list[str]) -> float:

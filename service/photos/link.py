@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,9 +219,9 @@ class DecoderLink(asyncio.Protocol):
             job.fail(kind(fields["detail"]))
         elif not job.future.done():
             shape = (job.rules.side, job.rules.side, 3)
-            slots = torch.frombuffer(self._arena, dtype=torch.uint8).view(-1, SLOT_BYTES)
-            pixels = slots[slot, : math.prod(shape)].clone()  # the slot is the next image's
-            job.future.set_result(pixels.view(shape).permute(2, 0, 1))
+            pixels = np.frombuffer(self._arena, np.uint8, math.prod(shape), slot * SLOT_BYTES)
+            pixels = pixels.copy()  # the slot is the next image's
+            job.future.set_result(torch.from_numpy(pixels).view(shape).permute(2, 0, 1))
         self._free_slots.append(slot)
         if self.jobs:
             self.jobs[0].begun_s = now_s

@@ -1,5 +1,6 @@
 """The context of a request while it is answered: its id, its deadline, its stages."""
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,6 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
+
+
+_random = random.Random()  # seeded by the system, also where a program seeds the module's own
+
+
+def random_bits(num_bits: int) -> int:
+    """A number for an id, which has to be unique and not secret: no system call for each."""
+    return _random.getrandbits(num_bits)
 
 
 class Stage(NamedTuple):

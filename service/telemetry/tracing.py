@@ -6,7 +6,6 @@ queue: a collector that is slow or gone costs spans, never requests.
 """
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from service.errors import StartError
-from service.telemetry.context import RequestContext
+from service.telemetry.context import RequestContext, random_bits
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -164,10 +163,10 @@ def _unseeded_ids() -> "IdGenerator":
 
     class Ids(IdGenerator):
         def generate_span_id(self) -> int:
-            return secrets.randbits(64)
+            return random_bits(64)
 
         def generate_trace_id(self) -> int:
-            return secrets.randbits(128)
+            return random_bits(128)
 
     return Ids()
 

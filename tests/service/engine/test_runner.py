@@ -152,7 +152,7 @@ class Graph:
         self._device = device
         self._inputs = torch.zeros(num_items, 1, 1, 1)
         self._results = torch.zeros(num_items, 1, 1, 1)
-        self._finite = torch.zeros(num_items, dtype=torch.bool)
+        self._largest = torch.full((num_items,), torch.nan)
 
     def inputs(self, num_items: int) -> Tensor:
         return self._inputs[:num_items]
@@ -160,14 +160,14 @@ class Graph:
     def _run(self, num_items: int) -> None:
         for index in range(num_items):
             self._results[index] = self._inputs[index]
-            self._finite[index] = True
+            self._largest[index] = float(self._inputs[index])
 
     def replay(self, num_items: int) -> tuple[Tensor, ...]:
         self._device.overlaps.append(self._device.in_flight)
         self._device.faults.launch(self._device.launched.pop())
         self._device.queue(lambda: self._run(num_items))
         self._device.in_flight += 1
-        return self._results[:num_items], self._finite[:num_items]
+        return self._results[:num_items], self._largest[:num_items]
 
 
 def make_runner(device: Device, buckets: tuple[int, ...]) -> CudaRunner:
@@ -265,12 +265,12 @@ def test_recovery_never_overlaps_a_batch_and_finds_the_guilty(
 
 
 class Pictures:
-    """A graph of pictures, as the runner captures it: floats, the same as bytes, and which are finite."""
+    """A graph of pictures, as the runner captures it: floats, the same as bytes, and their magnitudes."""
 
     def __init__(self) -> None:
         self.read = torch.full((2, 3, 4, 4), -1.0)
         floats = torch.rand(2, 3, 4, 4)
-        self.results = floats, operations.finished(floats, torch.uint8), torch.tensor([True, False])
+        self.results = floats, operations.finished(floats, torch.uint8), torch.tensor([1e5, torch.inf])
 
     def inputs(self, num_items: int) -> Tensor:
         return self.read[:num_items]
@@ -293,6 +293,7 @@ def test_results_come_in_the_type_of_the_answer_and_are_not_copied_again(
     outcome = launched.wait()
     assert outcome.results is launched.results
     assert outcome.finite == [True, False][:num_items]
+    assert outcome.fits == [dtype != torch.float16, False][:num_items]
     assert outcome.results.dtype == dtype
     assert torch.equal(outcome.results, operations.finished(graph.results[0][:num_items], dtype))
     is_interleaved = outcome.results.is_contiguous(memory_format=torch.channels_last)

@@ -41,7 +41,9 @@ class Clocked:
             self.now_s += FAILURE_S
             raise RuntimeError("a poisoned item")
         self.now_s += ITEM_S * len(inputs)
-        outcome = Outcome(torch.stack(list(inputs)), [True] * len(inputs), started_s, self.now_s - started_s)
+        outcome = Outcome(
+            torch.stack(list(inputs)), *[[True] * len(inputs)] * 2, started_s, self.now_s - started_s
+        )
         return SimpleNamespace(wait=lambda: outcome)
 
     def free_memory(self) -> None:
