@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "serve",
         run,
         "serve the tokenizer over HTTP",
-        "Serve a checkpoint over HTTP until interrupted. The API is described at /docs.",
+        "Serve a checkpoint over HTTP until interrupted. / has a page to try it, /docs describes the API.",
         EXAMPLES,
     )
     add_settings(parser)

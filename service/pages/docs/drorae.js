@@ -4,6 +4,11 @@ const DOCUMENT = "openapi.json";
 const form = document.getElementById("key-form");
 const problem = document.getElementById("problem");
 
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const paint = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
+dark.addEventListener("change", paint);
+paint();
+
 async function show(key) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const answer = await fetch(DOCUMENT, { headers }).catch(() => null);

@@ -69,12 +69,12 @@ export class RouterFigure {
     const [highest, lowest] = [Math.max(0, ...weights), Math.min(0, ...weights)];
     this.#draw(
       weights.map((weight, index) => {
-        const value = element("span", { className: "value", textContent: shortWeight(weight) });
-        const number = element("span", { className: "layer", textContent: layers[index] });
+        const value = element("span", { className: "value" }, unseen("Mean weight "), shortWeight(weight));
+        const number = element("span", { className: "layer" }, unseen(" of layer "), layers[index]);
         const made = element("button", { type: "button", className: "bar" }, bar(weight, highest, lowest, value), number);
         made.dataset.index = index;
         made.setAttribute("aria-pressed", "false");
-        made.setAttribute("aria-label", `Layer ${layers[index]}, mean weight ${weight.toFixed(3)}: show its map`);
+        made.title = `Layer ${layers[index]}: ${weight.toFixed(3)} on average`;
         return made;
       }),
     );
@@ -91,6 +91,11 @@ export class RouterFigure {
     }
     this.#onSelect(index);
   }
+}
+
+/** Words for those who hear the page. */
+function unseen(text) {
+  return element("span", { className: "hidden", textContent: text });
 }
 
 /** A bar that grows up or down from a zero line, whose place is the same for all. */

@@ -38,7 +38,7 @@ async function connect() {
   } catch (error) {
     info = null;
     showStatus(...(STATUSES[error.status] ?? ["error", "not reachable"]));
-    fail(error, connect);
+    fail(error, error.status === NO_KEY ? undefined : connect); // a key connects by itself
     return;
   }
   notices.hide();
