@@ -18,9 +18,11 @@ from benchmarks.cases.counts import FusionSize
 from benchmarks.cases.fusions import (
     IMPLEMENTATIONS,
     SPEC,
+    Implementation,
     Operands,
     States,
     random_states,
+    sweep,
     why_unavailable,
 )
 from benchmarks.harness.results import ratio
@@ -141,13 +143,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="patch tokens an image (default: %(default)s)",
     )
+    parser.add_argument(
+        "--sweep", action="store_true", help="also time the fused kernels with other tiles and splits"
+    )
     return parser
 
 
 def run(setup: Setup, arguments: argparse.Namespace) -> Iterator[list[FusionRow]]:
     """Rows of each size, as they are measured."""
-    names = select_implementations(setup, arguments)
-    if not names:
+    chosen = select_implementations(setup, arguments)
+    if not chosen:
         return
     ceilings = read_ceilings(setup)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -166,30 +171,37 @@ def run(setup: Setup, arguments: argparse.Namespace) -> Iterator[list[FusionRow]
             )
             yield unless_out_of_memory(
                 f"batch {batch}, H {hidden_width}",
-                partial(measure_size, size, names, operands, setup, ceilings),
+                partial(measure_size, size, chosen, operands, setup, ceilings),
             )
 
 
-def select_implementations(setup: Setup, arguments: argparse.Namespace) -> list[str]:
+def select_implementations(setup: Setup, arguments: argparse.Namespace) -> dict[str, Implementation]:
     """Those asked for, less those that cannot run on this device at all; a line for each."""
     platform = detect_platform(setup.device)
     problem = FusionProblem(arguments.layers, arguments.width, max(arguments.hidden_width), setup.dtype)
-    names = []
-    for name in arguments.implementations:
+    wanted = {name: IMPLEMENTATIONS[name] for name in arguments.implementations}
+    if arguments.sweep and problem.dtype != torch.float32:
+        wanted |= sweep()
+    chosen = {}
+    for name, implementation in wanted.items():
         if reason := why_unavailable(name, problem, platform):
             logger.warning("skipped %s: %s", name, reason)
         else:
-            names.append(name)
-    return names
+            chosen[name] = implementation
+    return chosen
 
 
 def measure_size(
-    size: FusionSize, names: Sequence[str], operands: Operands, setup: Setup, ceilings: Ceilings
+    size: FusionSize,
+    chosen: Mapping[str, Implementation],
+    operands: Operands,
+    setup: Setup,
+    ceilings: Ceilings,
 ) -> Iterator[FusionRow]:
     """Rows of one size, one an implementation."""
     states = random_states(operands, size.batch, size.tokens)
     expected = expected_tokens(states, operands)
-    builders = {name: partial(IMPLEMENTATIONS[name].build, operands, states) for name in names}
+    builders = {name: partial(found.build, operands, states) for name, found in chosen.items()}
 
     def error_of(_: str, tokens: Tensor) -> float:
         return relative_error(checked_tokens(tokens), expected)
@@ -197,7 +209,7 @@ def measure_size(
     label = f"batch {size.batch}, H {size.hidden_width}"
     measurements = measure(builders, error_of, setup, label, TOLERANCES[setup.dtype], head_start=True)
     for name in measurements:
-        yield make_row(name, size, measurements, setup, ceilings)
+        yield make_row(name, chosen[name], size, measurements, setup, ceilings)
 
 
 def expected_tokens(states: States, operands: Operands) -> Tensor:
@@ -213,13 +225,14 @@ def checked_tokens(tokens: Tensor) -> Tensor:
 
 def make_row(
     name: str,
+    implementation: Implementation,
     size: FusionSize,
     measurements: Mapping[str, Measurement],
     setup: Setup,
     ceilings: Ceilings,
 ) -> FusionRow:
     """The result of one implementation, with its counts and its ratios to the others of the same run."""
-    implementation, measurement = IMPLEMENTATIONS[name], measurements[name]
+    measurement = measurements[name]
     p50_ms = {other: found.timing.p50_ms for other, found in measurements.items()}
     needed, minimum = counting.needed_operations(size), counting.minimum_bytes(size)
     moved = implementation.moved_bytes

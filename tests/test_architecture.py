@@ -57,7 +57,7 @@ ROOMS = {
         parser -> commands/latents -> photos, latents -> files, options -> errors
     """,
     "benchmarks": """
-        latents, sizing -> serving -> faults -> fuzz -> probes -> harness
+        latents, sizing -> serving -> faults -> faults/fuzz -> probes -> harness
         fusion, tokenizer, training -> cases -> harness
     """,
     "drorae_client": """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def random_states(operands: Operands, batch: int, tokens: int) -> list[Tensor]:
 
 def why_unavailable(name: str, problem: FusionProblem, platform: Platform) -> str | None:
     """Why an implementation cannot run at any batch size; None where it can be tried."""
-    if name not in ("fused", "fused_graph"):
+    if not name.startswith("fused"):
         return None
     if platform.is_interpreted:
         return "Triton's interpreter (TRITON_INTERPRET) is no implementation to time"
@@ -164,6 +165,34 @@ def _build_fused_graph(operands: Operands, states: States) -> Call:
         return tokens
 
     return replay
+
+
+def sweep() -> "dict[str, Implementation]":
+    """The graph of the fused kernels with other tiles, or with the layers split otherwise."""
+    from kernels.launches import Split, Tile
+
+    shapes = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 6)]
+    shapes += [(128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4)]
+    choices: dict[str, tuple[str, Any]] = {
+        f"fused_{rows}x{columns}x{depth}_w{warps}_s{stages}": (
+            "product_tile",
+            Tile(rows, columns, depth, warps, stages),
+        )
+        for rows, columns, depth, warps, stages in shapes
+    }
+    choices |= {f"fused_split{number}": ("split_layers", Split(number, 0)) for number in (1, 2, 3, 4)}
+    return {
+        name: replace(IMPLEMENTATIONS["fused_graph"], build=partial(_build_with, *choice))
+        for name, choice in choices.items()
+    }
+
+
+def _build_with(function: str, choice: Any, operands: Operands, states: States) -> Call:
+    """A graph whose launches were planned with one function of `kernels.launches` giving a choice of ours."""
+    from kernels import launches
+
+    with mock.patch.object(launches, function, return_value=choice):
+        return _build_fused_graph(operands, states)
 
 
 IMPLEMENTATIONS = {

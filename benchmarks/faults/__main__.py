@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.faults.cancel import run_cancel
+from benchmarks.faults.fuzz import campaign as fuzz
 from benchmarks.faults.model_faults import run_inject
 from benchmarks.faults.openapi import run_schemathesis
 from benchmarks.faults.sigterm import run_sigterm
 from benchmarks.faults.soak import run_soak
 from benchmarks.faults.starts import run_starts
-from benchmarks.fuzz import campaign as fuzz
 from benchmarks.harness.photos import PhotoError
 from benchmarks.harness.provenance import read_provenance
 from benchmarks.harness.results import ResultsError, append_rows, check_columns, format_table

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.fuzz.campaign import inputs_for
+from benchmarks.faults.fuzz.campaign import inputs_for
 from benchmarks.harness.service import Service, launch
 from benchmarks.probes.checks import Check, Findings, Options
 from benchmarks.probes.inputs import encode_request

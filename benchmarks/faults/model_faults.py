@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.fuzz.campaign import inputs_for
+from benchmarks.faults.fuzz.campaign import inputs_for
 from benchmarks.harness.service import LaunchError, Service, launch
 from benchmarks.probes.checks import Check, Findings, Options
 from benchmarks.probes.inputs import encode_request

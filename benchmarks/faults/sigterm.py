@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.fuzz.campaign import inputs_for
+from benchmarks.faults.fuzz.campaign import inputs_for
 from benchmarks.harness.service import LaunchError, Service, launch
 from benchmarks.probes.checks import Check, Findings, Options
 from benchmarks.probes.inputs import encode_request

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from benchmarks.fuzz.campaign import inputs_for
-from benchmarks.fuzz.cases import make_case
+from benchmarks.faults.fuzz.campaign import inputs_for
+from benchmarks.faults.fuzz.cases import make_case
 from benchmarks.harness.service import Service, launch
 from benchmarks.probes.checks import Check, Findings, Options
 from benchmarks.probes.inputs import Inputs, encode_request, mixed_request

@@ -13,11 +13,11 @@ import torch
 from benchmarks.faults import __main__ as faults
 from benchmarks.faults import soak
 from benchmarks.faults.faulty_service import FaultyTokenizer, holds_mark
+from benchmarks.faults.fuzz.bytes import MUTATIONS, mutate
+from benchmarks.faults.fuzz.campaign import Tally
+from benchmarks.faults.fuzz.cases import Case, good_body, make_case
+from benchmarks.faults.fuzz.formats import ATTACKS
 from benchmarks.faults.sigterm import _outcome
-from benchmarks.fuzz.bytes import MUTATIONS, mutate
-from benchmarks.fuzz.campaign import Tally
-from benchmarks.fuzz.cases import Case, good_body, make_case
-from benchmarks.fuzz.formats import ATTACKS
 from benchmarks.harness.service import LaunchError, launch
 from benchmarks.probes.checks import Findings, Options
 from benchmarks.probes.inputs import MARK_RGB, Inputs, load_inputs, make_inputs, mixed_request

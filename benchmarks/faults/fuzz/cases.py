@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote_plus
 
-from benchmarks.fuzz.bytes import mutate
-from benchmarks.fuzz.formats import ATTACKS
+from benchmarks.faults.fuzz.bytes import mutate
+from benchmarks.faults.fuzz.formats import ATTACKS
 from benchmarks.probes.inputs import (
     BOUNDARY,
     FORMATS,

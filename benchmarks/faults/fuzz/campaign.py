@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.fuzz.cases import Case, make_case
+from benchmarks.faults.fuzz.cases import Case, make_case
 from benchmarks.harness.service import Service, launch
 from benchmarks.probes.checks import Check, Findings, Options
 from benchmarks.probes.inputs import Inputs, encode_request, load_inputs
