@@ -102,7 +102,8 @@ tokenizer tokenizer 120 --batch 1 8 64 --repeats 50 --implementations encode_bas
     encode_graph diffusers_encode decode decode_graph diffusers_decode
 tokenizer float32 60 --dtype float32 --batch 8 --repeats 20 --implementations encode_base encode_triton \
     encode_graph diffusers_encode
-tokenizer compiled 90 --batch 64 --repeats 30 --implementations encode_base_compiled encode_compiled
+tokenizer compiled 120 --batch 64 --repeats 30 --implementations encode_base_graph encode_graph encode_blocks_graph \
+    decode_graph decode_blocks_graph encode_compiled
 step counters 60 "torch triton" ncu --clock-control none --set full -k "regex:measure|combine" -c 2 -f -o "$OUT/fused" \
     "$PYTHON" -m benchmarks.fusion --device cuda --implementations fused --batch 64 --hidden-width 1536 --repeats 1
 fusion sweep 120 --implementations fused_graph --batch 8 64 --repeats 40 --sweep

@@ -46,6 +46,7 @@ Time whole encodes and decodes side by side, on random weights and images alread
   encode_triton        enriched, the fusion folded, in Triton kernels
   encode_base_compiled, encode_compiled   base and enriched, all of it under torch.compile
   encode_base_graph, encode_graph         base and enriched, replayed from a CUDA graph (model.cuda_graphs)
+  encode_blocks_graph, decode_blocks_graph    the same with compiled blocks (DRORAE_COMPILE_BLOCKS)
   diffusers_encode     diffusers' AutoencoderRAE with the same weights, which has no fusion
   decode, decode_graph, diffusers_decode
 

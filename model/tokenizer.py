@@ -25,6 +25,7 @@ from model.networks.decoder import Decoder
 from model.networks.encoder import Encoder
 from model.networks.fusion import Fusion
 from model.networks.normalization import NormalizesLatents
+from model.networks.vit import compile_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,15 @@ class Tokenizer(NormalizesLatents):
         """A tokenizer of shapes without values, which takes no memory whatever the configuration says."""
         with torch.device("meta"):
             return cls(config)
+
+    def compile_blocks(self, backend: str = "inductor") -> Self:
+        """Compile the transformer blocks, for inference on a GPU; the first batches then take some seconds.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compile_blocks([*self.encoder.blocks, *self.decoder.blocks], backend)
+        return self
 
     def shapes(self) -> Shapes:
         """Shapes of the tensors by checkpoint file, statistics included."""

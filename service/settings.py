@@ -77,6 +77,9 @@ class Settings(BaseSettings):
         description="What computes the fusion: auto (what suits device and model), triton (GPU kernels), "
         "folded (PyTorch, experts folded) or reference (PyTorch, the definition).",
     )
+    compile_blocks: bool = Field(
+        False, description="Compile the model's blocks (torch.compile) before a GPU captures its graphs."
+    )
     cpu_workers: int = Field(
         0,
         ge=0,

@@ -235,9 +235,10 @@ def _encode_compiled(latent: LatentKind) -> Callable[[Models, Inputs, Setup], Ca
     return build
 
 
-def _encode_graph(latent: LatentKind) -> Callable[[Models, Inputs, Setup], Call]:
+def _encode_graph(latent: LatentKind, compiled: bool = False) -> Callable[[Models, Inputs, Setup], Call]:
     def build(models: Models, inputs: Inputs, setup: Setup) -> Call:
         tokenizer = _with_fusion(models, "auto", setup)
+        tokenizer = _compiled(tokenizer) if compiled else tokenizer
         encode = CapturedBuckets(
             lambda images: tokenizer.latents(images, latent), inputs.images, (len(inputs.images),)
         )
@@ -250,9 +251,18 @@ def _decode(models: Models, inputs: Inputs, setup: Setup) -> Call:
     return lambda: models.tokenizer.pixels(inputs.latents)
 
 
-def _decode_graph(models: Models, inputs: Inputs, setup: Setup) -> Call:
-    decode = CapturedBuckets(models.tokenizer.pixels, inputs.latents, (len(inputs.latents),))
-    return lambda: decode(inputs.latents)
+def _decode_graph(compiled: bool = False) -> Callable[[Models, Inputs, Setup], Call]:
+    def build(models: Models, inputs: Inputs, setup: Setup) -> Call:
+        tokenizer = _compiled(models.tokenizer) if compiled else models.tokenizer
+        decode = CapturedBuckets(tokenizer.pixels, inputs.latents, (len(inputs.latents),))
+        return lambda: decode(inputs.latents)
+
+    return build
+
+
+def _compiled(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy whose blocks are compiled, as DRORAE_COMPILE_BLOCKS has them."""
+    return copy.deepcopy(tokenizer).compile_blocks()
 
 
 def _diffusers_encode(models: Models, inputs: Inputs, setup: Setup) -> Call:
@@ -279,8 +289,16 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "encode_graph": Implementation(
         _encode_graph("enriched"), "enriched", "auto", base="encode_base_graph", needs_cuda=True
     ),
+    "encode_blocks_graph": Implementation(
+        _encode_graph("enriched", compiled=True),
+        "enriched",
+        "auto",
+        base="encode_base_graph",
+        needs_cuda=True,
+    ),
     "diffusers_encode": Implementation(_diffusers_encode, "base"),
     "decode": Implementation(_decode, "pixels", base=None),
-    "decode_graph": Implementation(_decode_graph, "pixels", base=None, needs_cuda=True),
+    "decode_graph": Implementation(_decode_graph(), "pixels", base=None, needs_cuda=True),
+    "decode_blocks_graph": Implementation(_decode_graph(compiled=True), "pixels", base=None, needs_cuda=True),
     "diffusers_decode": Implementation(_diffusers_decode, "pixels", base=None),
 }

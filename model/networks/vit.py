@@ -3,6 +3,8 @@
 Shape legend: B batch, T tokens (prefix included), C width, D head width.
 """
 
+from collections.abc import Iterable
+from types import MethodType
 from typing import Any, Literal, Self
 
 import torch
@@ -125,6 +127,20 @@ class Block(nn.Module):
         """The block's tokens, in ``out`` where one is given; that takes no gradients."""
         tokens = self.scale_attention(tokens, self.attention(self.norm_attention(tokens)))
         return self.scale_mlp(tokens, self.mlp(self.norm_mlp(tokens)), out)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile the forward passes of blocks, for inference: their element-wise work is fused.
+
+    One compilation serves all blocks of one kind, and all batch sizes but 1.
+    """
+    import torch._dynamo.config as dynamo
+
+    # Several GPUs in one process, and two kinds of blocks: the default of 8 would leave some uncompiled.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    compiled = torch.compile(Block.forward, dynamic=True, fullgraph=True, backend=backend)
+    for block in blocks:
+        setattr(block, "forward", MethodType(compiled, block))  # noqa: B010 - a method of this one instance
 
 
 def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> Mlp | SwiGlu:

@@ -30,7 +30,8 @@ def load_tokenizer(settings: Settings) -> Tokenizer:
     """
     device = visible_devices(settings.device)[0]
     dtype = getattr(torch, choose(settings).settings.dtype)
-    return Tokenizer.load(settings.checkpoint, device=device, dtype=dtype, fusion=settings.fusion)
+    tokenizer = Tokenizer.load(settings.checkpoint, device=device, dtype=dtype, fusion=settings.fusion)
+    return tokenizer.compile_blocks() if settings.compile_blocks and device != "cpu" else tokenizer
 
 
 def visible_devices(device: str) -> list[str]:

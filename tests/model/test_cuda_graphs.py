@@ -1,5 +1,6 @@
 """Captures: buckets, and that encodes and decodes hold nothing that a CUDA graph cannot."""
 
+import copy
 import sys
 import threading
 import time
@@ -63,6 +64,24 @@ def test_encode_and_decode_run_nothing_that_a_capture_forbids(loaded):
             loaded.pixels(latents, normalize=True)
     assert "aten::addmm" in recorder.names or "aten::linear" in recorder.names
     assert recorder.names & NOT_CAPTURABLE == set()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, of its dependencies
+@pytest.mark.parametrize("loaded", ["folded"], indirect=True)
+def test_compiled_blocks_give_the_same(loaded):
+    """With the tracer alone, so bit for bit. All blocks of a kind share code, and all batches but of one."""
+    images = photo(side=64).expand(4, -1, -1, -1)
+    expected = [loaded.latents(images[:num]) for num in (4, 2, 1)]
+    pixels = [loaded.pixels(latents) for latents in expected]
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = copy.deepcopy(loaded).compile_blocks(backend="aot_eager")
+    with torch.inference_mode():
+        for num, latents, wanted in zip((4, 2, 1), expected, pixels, strict=True):
+            assert torch.equal(compiled.latents(images[:num]), latents)
+            assert torch.equal(compiled.pixels(latents), wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert torch.equal(loaded.latents(images[:1]), expected[-1])  # the original is as it was
 
 
 def test_recorder_notices_a_host_wait():

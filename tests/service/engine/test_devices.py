@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cli.options import EXACT
+from service.engine import devices
 from service.engine.devices import choose
 from service.settings import Settings
 
@@ -45,6 +46,25 @@ def test_what_the_settings_leave_open_follows_the_devices(
     assert chosen.settings.buckets[-1] == batch_size
     assert "float" in chosen.reasons["dtype"]
     assert str(batch_size) in chosen.reasons["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "compiles"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_blocks_are_compiled_where_it_is_asked_for_and_on_gpus_alone(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, device: str, wanted: bool, compiles: bool
+) -> None:
+    class Loaded:
+        is_compiled = False
+
+        def compile_blocks(self) -> "Loaded":
+            self.is_compiled = True
+            return self
+
+    gpus.append(HOPPER)
+    monkeypatch.setattr(devices.Tokenizer, "load", lambda checkpoint, **options: Loaded())
+    found: Any = devices.load_tokenizer(Settings(device=device, compile_blocks=wanted))
+    assert found.is_compiled == compiles
 
 
 def test_the_reason_names_the_gpu_that_decided(gpus: list[tuple[int, int]]) -> None:
