@@ -46,9 +46,15 @@ class Replica(NamedTuple):
         """Wait for its /readyz.
 
         Raises:
-            CheckError: it does not become ready.
+            CheckError: it ends, or does not become ready.
         """
-        wait_for(f"{self.url} is ready", lambda: status_of(self.host, self.port) == 200, READY_TIMEOUT_S)
+
+        def is_ready() -> bool:
+            if self.process.poll() is not None:
+                raise CheckError(f"{self.url} ended with status {self.process.returncode}")
+            return status_of(self.host, self.port) == 200
+
+        wait_for(f"{self.url} is ready", is_ready, READY_TIMEOUT_S)
 
     def stop(self) -> None:
         """SIGTERM, and wait for the end.

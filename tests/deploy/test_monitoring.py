@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import yaml
 from prometheus_client import Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.checks.replicas import free_port
 from service.telemetry.metrics import Metrics
 
 queries = pytest.importorskip("deploy.checks.queries", reason="promql-parser is not installed")
@@ -236,11 +236,6 @@ def prometheus(monitoring: Path, folder: Path, target: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def run(*command: str, text: str | None = None, may_advise: bool = False) -> None:
