@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import shutil
 from pathlib import Path
 
 
@@ -37,6 +38,12 @@ class BuildContext:
             relative = Path(folder).relative_to(self.root)
             found += [path for name in sorted(names) if self.includes(path := str(relative / name))]
         return found
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the files, so that a build leaves nothing in the source tree."""
+        for name in self.files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.root / name, folder / name)
 
 
 def _matches(path: str, pattern: str) -> bool:

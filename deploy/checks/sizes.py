@@ -10,10 +10,13 @@ counted, nor is the C compiler of the CUDA image.
 import argparse
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from deploy.checks.context import BuildContext
 
 ROOT = Path(__file__).parents[2]
 LOCK, CUDA_LOCK = ROOT / "requirements.lock", ROOT / "deploy/requirements-cuda.lock"
@@ -78,8 +81,10 @@ def fetch(target: str, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     subprocess.run([*command, *requirements(target)], check=True)
-    own = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(own, check=True)
+    with tempfile.TemporaryDirectory() as source:
+        BuildContext(ROOT).copy_to(Path(source))
+        own = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), source]
+        subprocess.run(own, check=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """The wheel, installed into an environment of its own and used beside somebody's own code."""
 
 import os
-import shutil
 import site
 import subprocess
 import sys
@@ -22,12 +21,10 @@ OWN_PACKAGES = ("cli", "kernels", "model", "service", "training")
 
 
 @pytest.fixture(scope="module")
-def wheel(root: Path, context: BuildContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(context: BuildContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from what an image's build sees."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in context.files():
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / name, folder / "source" / name)
+    context.copy_to(folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, str(folder / "source")], cwd=folder, check=True, capture_output=True)
     (found,) = folder.glob("drorae-*.whl")
