@@ -42,8 +42,9 @@ def serving(drorae: str, *argv: str) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def server(drorae, checkpoint):
-    """Address of the service that most tests share."""
-    with serving(drorae, "--checkpoint", str(checkpoint), "--log-level", "error") as service:
+    """Address of the service that most tests share, with the pixels of the commands."""
+    options = ["--exact-images", "--log-level", "error"]
+    with serving(drorae, "--checkpoint", str(checkpoint), *options) as service:
         yield service.address
     assert service.log == ""
 
