@@ -42,7 +42,8 @@ implementation that runs here, on random weights and hidden states:
   definition_compiled  the same under torch.compile; compiles anew for every size
   folded               experts folded, eager PyTorch (kernels.folded)
   fused                experts folded, Triton kernels (kernels.fused)
-  fused_graph          the same replayed from a CUDA graph
+  fused_fp8            the same with norms in FP8
+  fused_graph          `fused` replayed from a CUDA graph
 
 Times are the device's: launches are left out. Each result is checked against the definition in float64
 before it is timed. What cannot run, or gives a wrong result, is skipped with a line that says why."""
@@ -56,6 +57,7 @@ examples:
 # left out, or a norm wrong by a tenth, gives 2e-2 and more with the correction's beta of 0.2.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DEFAULT_BATCHES = {"cuda": (1, 8, 64, 256), "cpu": (1, 8)}
+EXTRA = ("definition_compiled", "fused_fp8")  # the first compiles for every size
 DEFAULT_HIDDEN_WIDTHS = [128, 1536, 3072, 6144]
 CHECK_STRIDE = 8  # every eighth token of the first and the last image
 
@@ -120,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = script_parser("fusion", DESCRIPTION, EPILOG, IMPLEMENTATIONS, DEFAULT_BATCHES)
-    # A compilation for each size takes longer than all else: only where it is asked for.
-    parser.set_defaults(implementations=[name for name in IMPLEMENTATIONS if name != "definition_compiled"])
+    # The others run only where they are asked for.
+    parser.set_defaults(implementations=[name for name in IMPLEMENTATIONS if name not in EXTRA])
     parser.add_argument(
         "--hidden-width",
         type=positive,

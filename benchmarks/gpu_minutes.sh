@@ -106,7 +106,7 @@ tokenizer compiled 120 --batch 64 --repeats 30 --implementations encode_base_gra
     decode_graph decode_blocks_graph encode_compiled
 step counters 60 "torch triton" ncu --clock-control none --set full -k "regex:measure|combine" -c 2 -f -o "$OUT/fused" \
     "$PYTHON" -m benchmarks.fusion --device cuda --implementations fused --batch 64 --hidden-width 1536 --repeats 1
-fusion sweep 120 --implementations fused_graph --batch 8 64 --repeats 40 --sweep
+fusion sweep 120 --implementations fused fused_fp8 fused_graph --batch 8 64 --repeats 40 --sweep
 
 if command -v nvidia-smi >/dev/null; then
     nvidia-smi --query-gpu=name,clocks.sm,power.draw,temperature.gpu --format=csv >>"$OUT/summary.txt" 2>&1

@@ -21,6 +21,9 @@ import triton.language as tl
 NOT_SPECIALIZED = ["num_tokens", "tokens_per_image"]
 """Compiled once for all: 196 or 729 tokens per image would else compile anew in the middle of traffic."""
 
+FP8_TOKEN_UNITS = tl.constexpr(8.0)
+"""Of a normalised token, of which no channel exceeds sqrt(C), at most 45: e4m3 reaches 448."""
+
 
 @triton.jit
 def _token_offsets(rows, tokens_per_image, stride_image, stride_token):
@@ -53,6 +56,17 @@ def _round(values, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return values.to(dtype)
 
 
+@triton.jit
+def _tile_energies(p, mean, rstd, sums, energies, FP8: tl.constexpr):
+    """``|p|^2`` and ``sum_i energy_i p_i^2`` of one tile of columns, [BM] each."""
+    if FP8:  # of normalised tokens, and rows that have units of their own
+        p *= tl.load(sums)[None, :]
+    else:
+        p = rstd[:, None] * (p - mean[:, None] * tl.load(sums)[None, :])
+    p *= p
+    return tl.sum(p, axis=1), tl.sum(p * tl.load(energies)[None, :], axis=1)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def measure(
     states_ptr,
@@ -60,7 +74,7 @@ def measure(
     router_sum_ptr,  # [L, TERMS * P]
     cross_ptr,  # [L, C]
     basis_ptr,  # [L, R, C]
-    basis_sum_ptr,  # [L, R]
+    basis_sum_ptr,  # [L, R]; units of the rows with FP8
     basis_energy_ptr,  # [L, R]
     logits_ptr,  # out [L, T, P]
     mean_ptr,  # out [L, T]
@@ -81,6 +95,7 @@ def measure(
     SPLITS: tl.constexpr,
     COLUMNS_PER_SPLIT: tl.constexpr,
     ROUTER_NORM: tl.constexpr,
+    FP8: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -115,7 +130,8 @@ def measure(
     p = tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
         z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
-        p = _dot(z, tl.load(basis + k), p, PRECISION)
+        if not FP8:
+            p = _dot(z, tl.load(basis + k), p, PRECISION)
         logits = _dot(z, tl.load(router + k), logits, PRECISION)
         centred = z.to(tl.float32) - pivot[:, None]
         deviation += tl.sum(centred, axis=1)
@@ -143,19 +159,19 @@ def measure(
 
     sums = basis_sum_ptr + first + ns
     energies = basis_energy_ptr + first + ns
-    p = rstd[:, None] * (p - mean[:, None] * tl.load(sums)[None, :])
-    p *= p
-    hidden_energy = tl.sum(p, axis=1)
-    product_energy = tl.sum(p * tl.load(energies)[None, :], axis=1)
-    for n in range(BN, COLUMNS_PER_SPLIT, BN):
+    hidden_energy, product_energy = _tile_energies(p, mean, rstd, sums, energies, FP8)
+    # FP8 takes normalised tokens, whose statistics must be known first: the pass above then has no columns.
+    for n in range(0 if FP8 else BN, COLUMNS_PER_SPLIT, BN):
         p = tl.zeros((BM, BN), tl.float32)
         for k in range(0, C, BK):
             z = tl.load(tokens + k, mask=valid[:, None], other=0.0)
+            if FP8:
+                x = (z.to(tl.float32) - mean[:, None]) * (rstd * FP8_TOKEN_UNITS)[:, None]
+                z = x.to(tl.float8e4nv)
             p = _dot(z, tl.load(basis + n * C + k), p, PRECISION)
-        p = rstd[:, None] * (p - mean[:, None] * tl.load(sums + n)[None, :])
-        p *= p
-        hidden_energy += tl.sum(p, axis=1)
-        product_energy += tl.sum(p * tl.load(energies + n)[None, :], axis=1)
+        hidden, product = _tile_energies(p, mean, rstd, sums + n, energies + n, FP8)
+        hidden_energy += hidden
+        product_energy += product
     energy = energy_ptr + split * L * num_tokens + at
     tl.store(energy, hidden_energy, mask=valid)
     tl.store(energy + SPLITS * L * num_tokens, product_energy, mask=valid)

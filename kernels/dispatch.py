@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
-FusionPath = Literal["triton", "folded", "reference"]
-FusionSetting = Literal["auto", "triton", "folded", "reference"]
+FusionPath = Literal["triton", "triton_fp8", "folded", "reference"]
+FusionSetting = Literal["auto", "triton", "triton_fp8", "folded", "reference"]
 
 MIN_CAPABILITY = (8, 0)
+MIN_FP8_CAPABILITY = (8, 9)
 WIDTH_MULTIPLE = 64
 MAX_WIDTH = 2048
 MAX_LAYERS = 64
@@ -101,7 +102,11 @@ def obstacle(path: FusionPath, problem: FusionProblem, platform: Platform) -> st
         return None
     if not problem.has_experts:
         return "the cross_attention mixer has no experts to fold"
-    return None if path == "folded" else _kernel_obstacle(problem, platform)
+    if path == "folded":
+        return None
+    if path == "triton_fp8" and problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"norms in FP8 are for bfloat16 and float16, not {problem.dtype}"
+    return _kernel_obstacle(problem, platform, MIN_FP8_CAPABILITY if path == "triton_fp8" else MIN_CAPABILITY)
 
 
 def multiply_adds(width: int, hidden_width: int) -> int:
@@ -114,14 +119,16 @@ def folded_multiply_adds(width: int) -> int:
     return width**2 + width**2 // 2
 
 
-def _kernel_obstacle(problem: FusionProblem, platform: Platform) -> str | None:
+def _kernel_obstacle(
+    problem: FusionProblem, platform: Platform, min_capability: tuple[int, int]
+) -> str | None:
     if not platform.has_triton:
         return "triton is not installed"
     if not platform.is_interpreted:
         if platform.device_type != "cuda":
             return f"the device is {platform.device_type}, the Triton kernels need CUDA"
-        if platform.capability is not None and platform.capability < MIN_CAPABILITY:
-            found, wanted = (".".join(map(str, pair)) for pair in (platform.capability, MIN_CAPABILITY))
+        if platform.capability is not None and platform.capability < min_capability:
+            found, wanted = (".".join(map(str, pair)) for pair in (platform.capability, min_capability))
             return f"the GPU has compute capability {found}, the Triton kernels need {wanted}"
     if problem.dtype not in KERNEL_DTYPES:
         return f"the Triton kernels do not take {problem.dtype}"

@@ -28,6 +28,8 @@ from kernels.launches import (
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
 
 ALIGNED_BYTES = 16
+FP8_LARGEST = 448  # of e4m3
+FP8_TOKEN_UNITS = device_code.FP8_TOKEN_UNITS.value
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class PackedExperts:
     projection gives both norms.
     """
 
-    basis: Tensor  # [L, R, C], rows padded with zeros to whole tiles
-    basis_sum: Tensor  # [L, R], sums of the rounded rows
+    basis: Tensor  # [L, R, C], rows padded with zeros to whole tiles; e4m3 for norms in FP8
+    basis_sum: Tensor  # [L, R], sums of the rounded rows; for norms in FP8 the unit of each row's products
     basis_energy: Tensor  # [L, R], S^2
     constants: Tensor  # [4, L]: hidden_scale, output_eps, |shift|^2, the router's unit
     product: Tensor  # [L, C, C]
@@ -64,13 +66,16 @@ class PackedExperts:
         return self.shift.numel() > 0
 
 
-def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch.dtype) -> PackedExperts:
+def pack_experts(
+    folded: FoldedExperts, device: torch.device | str, dtype: torch.dtype, fp8_norms: bool = False
+) -> PackedExperts:
     """Make the kernels' operands.
 
     Args:
         folded: in float64, as `model.networks.folding.fold_experts` gives it.
         device: where the hidden states will be.
         dtype: of the hidden states.
+        fp8_norms: whether the norms of the experts' outputs are taken in FP8; the outputs never are.
 
     Raises:
         ValueError: a shape that the kernels do not take, or an LN_bb with an affine part.
@@ -80,15 +85,16 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
     if reason := shape_obstacle(folded.width, folded.num_layers):
         raise ValueError(reason)
     _, singular_values, rotation = torch.linalg.svd(folded.factor, full_matrices=False)
-    basis = (rotation @ folded.hidden).to(dtype)
+    basis = rotation @ folded.hidden
     padding = padded_basis_rows(basis.shape[1], folded.width) - basis.shape[1]
     basis = torch.nn.functional.pad(basis, (0, 0, 0, padding))
+    basis, basis_sum = _fp8_rows(basis) if fp8_norms else _rounded_rows(basis, dtype)
     energy = torch.nn.functional.pad(singular_values.square(), (0, padding))
 
     num_layers = folded.num_layers
     router, unit = _router_terms(folded, dtype)
     bias = torch.nn.functional.pad(folded.router_bias, (0, logit_columns(num_layers) - num_layers))
-    product = folded.product.to(dtype)
+    product, product_sum = _rounded_rows(folded.product, dtype)
 
     shift = folded.product.new_zeros(num_layers, folded.width) if folded.shift is None else folded.shift
     cross = (folded.product.mT @ shift[:, :, None]).squeeze(-1)
@@ -103,18 +109,30 @@ def pack_experts(folded: FoldedExperts, device: torch.device | str, dtype: torch
         return tensor.to(device=device, dtype=dtype).contiguous()
 
     return PackedExperts(
-        basis=matrix(basis),
-        basis_sum=vector(basis.double().sum(dim=2)),
+        basis=basis.to(device).contiguous(),
+        basis_sum=vector(basis_sum),
         basis_energy=vector(energy),
         constants=vector(constants),
         product=matrix(product),
-        product_sum=vector(product.double().sum(dim=2)),
+        product_sum=vector(product_sum),
         shift=vector(shift if folded.shift is not None else shift[:0]),
         cross=vector(cross),
         router=matrix(router),
         router_sum=vector(router.double().sum(dim=2)),
         router_bias=vector(bias),
     )
+
+
+def _rounded_rows(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Matrices [L, R, C] in ``dtype``, and the sums of their rows as they were rounded."""
+    rounded = matrices.to(dtype)
+    return rounded, rounded.double().sum(dim=2)
+
+
+def _fp8_rows(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices [L, R, C] in e4m3, each row in a unit of its own, and the units of the rows' products."""
+    units = matrices.abs().amax(dim=2).clamp_min(1e-30) / FP8_LARGEST
+    return (matrices / units[:, :, None]).to(torch.float8_e4m3fn), units / FP8_TOKEN_UNITS
 
 
 def _router_terms(folded: FoldedExperts, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -206,6 +224,7 @@ def _fuse_layers(
         router_input_norm=router_input_norm,
         routing=routing,
         correction=correction,
+        fp8_norms=packed.basis.dtype == torch.float8_e4m3fn,
     )
     plan = plan_launches(problem, _gpu(state.device))
     mean, rstd, overlap, scale, tail = (scratch(num_layers, num_tokens) for _ in range(5))

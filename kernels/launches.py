@@ -172,6 +172,7 @@ class FusedProblem:
     router_input_norm: bool = True
     routing: str = "energy"
     correction: str = "incremental"
+    fp8_norms: bool = False
 
 
 def plan_launches(problem: FusedProblem, gpu: Gpu) -> dict[str, Launch]:
@@ -201,6 +202,7 @@ def plan_launches(problem: FusedProblem, gpu: Gpu) -> dict[str, Launch]:
                 "SPLITS": basis_splits,
                 "COLUMNS_PER_SPLIT": problem.basis_rows // basis_splits,
                 "ROUTER_NORM": problem.router_input_norm,
+                "FP8": problem.fp8_norms,
                 **product,
             },
             tile.num_warps,

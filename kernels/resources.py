@@ -98,7 +98,8 @@ def _source(kernel: Any, constants: dict[str, Any], problem: FusedProblem) -> AS
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = dtype if name in MATRICES else "*fp32"
+            is_fp8 = name == "basis_ptr" and problem.fp8_norms
+            signature[name] = "*fp8e4nv" if is_fp8 else dtype if name in MATRICES else "*fp32"
             attributes[(index,)] = ALIGNED
         elif name == "beta" or name.endswith("_eps"):
             signature[name] = "fp32"
@@ -141,7 +142,7 @@ def _loops(sass: str) -> Iterator[list[str]]:
 
 def _multiply_adds(instruction: str) -> float:
     """Of one warp, in one matrix instruction of half-precision operands; 0 for any other."""
-    if wgmma := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\.F32(?:\.BF16)? ", instruction):
+    if wgmma := re.search(r"\b[HQ]GMMA\.(\d+)x(\d+)x(\d+)\.F32(?:\.BF16|\.E4M3\.E4M3)? ", instruction):
         rows, columns, depth = map(int, wgmma.groups())
         return rows * columns * depth / 4  # four warps issue it together
     return 16 * 8 * 16 if re.search(r"\bHMMA\.16816\.", instruction) else 0
@@ -173,6 +174,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12, help="fused layers L (default 12)")
     parser.add_argument("--width", type=int, default=768, help="token width C (default 768)")
     parser.add_argument("--hidden-width", type=int, default=1536, help="expert width H (default 1536)")
+    parser.add_argument("--fp8-norms", action="store_true", help="take the experts' norms in FP8")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     if is_interpreted():
@@ -185,6 +187,7 @@ def main() -> int:
         width=arguments.width,
         basis_rows=padded_basis_rows(min(arguments.hidden_width, arguments.width), arguments.width),
         dtype=getattr(torch, arguments.dtype),
+        fp8_norms=arguments.fp8_norms,
     )
     rows = [row for capability in arguments.capability for row in compile_kernels(problem, capability)]
     if arguments.json:

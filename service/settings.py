@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     fusion: FusionSetting = Field(
         "auto",
         description="What computes the fusion: auto (what suits device and model), triton (GPU kernels), "
-        "folded (PyTorch, experts folded) or reference (PyTorch, the definition).",
+        "triton_fp8 (norms in FP8), folded (PyTorch, experts folded) or reference (PyTorch, the definition).",
     )
     compile_blocks: bool = Field(
         False, description="Compile the model's blocks (torch.compile) before a GPU captures its graphs."

@@ -71,6 +71,12 @@ class Operands:
         return fused.pack_experts(self._folded_exact, self.device, self.dtype)
 
     @cached_property
+    def packed_fp8(self) -> "PackedExperts":
+        from kernels import fused
+
+        return fused.pack_experts(self._folded_exact, self.device, self.dtype, fp8_norms=True)
+
+    @cached_property
     def _folded_exact(self) -> FoldedExperts:
         return fold_experts(self.exact, SPEC)
 
@@ -118,7 +124,7 @@ def why_unavailable(name: str, problem: FusionProblem, platform: Platform) -> st
         return None
     if platform.is_interpreted:
         return "Triton's interpreter (TRITON_INTERPRET) is no implementation to time"
-    return obstacle("triton", problem, platform)
+    return obstacle("triton_fp8" if "fp8" in name else "triton", problem, platform)
 
 
 def _build_definition(operands: Operands, states: States) -> Call:
@@ -141,6 +147,13 @@ def _build_fused(operands: Operands, states: States) -> Call:
     from kernels import fused
 
     fuse = partial(fused.fuse_layers, states, operands.packed, SPEC)
+    return lambda: fuse().tokens
+
+
+def _build_fused_fp8(operands: Operands, states: States) -> Call:
+    from kernels import fused
+
+    fuse = partial(fused.fuse_layers, states, operands.packed_fp8, SPEC)
     return lambda: fuse().tokens
 
 
@@ -202,6 +215,7 @@ IMPLEMENTATIONS = {
     "definition_compiled": Implementation(_build_definition_compiled, counting.definition_operations, None),
     "folded": Implementation(_build_folded, counting.folded_executed_operations, counting.folded_bytes),
     "fused": Implementation(_build_fused, counting.fused_executed_operations, counting.fused_bytes),
+    "fused_fp8": Implementation(_build_fused_fp8, counting.fused_executed_operations, counting.fused_bytes),
     "fused_graph": Implementation(
         _build_fused_graph, counting.fused_executed_operations, counting.fused_bytes
     ),

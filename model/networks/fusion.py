@@ -195,12 +195,11 @@ class Fusion(Freezable):
         device = torch.empty(0, device=device).device  # "cuda" becomes the very device, as tensors name it
         experts = fold_experts(self.mixer.weights(), self.spec)
         fuse: Callable[[Sequence[Tensor]], Fused]
-        if path == "triton":
-            from kernels import fused  # triton is needed by this path alone
+        if path.startswith("triton"):
+            from kernels import fused  # triton is needed by these paths alone
 
-            fuse = partial(
-                fused.fuse_layers, packed=fused.pack_experts(experts, device, dtype), spec=self.spec
-            )
+            packed = fused.pack_experts(experts, device, dtype, fp8_norms=path == "triton_fp8")
+            fuse = partial(fused.fuse_layers, packed=packed, spec=self.spec)
         else:
             fuse = partial(folded.fuse_layers, folded=experts.to(device, dtype), spec=self.spec)
         self._prepared = PreparedFusion(path, device, dtype, fuse)

@@ -58,6 +58,7 @@ def test_what_cannot_run_is_one_line(
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line.split(":")[0] for line in lines] == [
         "skipped fused",
+        "skipped fused_fp8",
         "skipped fused_graph",
         "skipped definition_compiled (batch 1, H 16)",
     ]

@@ -78,6 +78,8 @@ def test_auto(problem, platform, path, reason):
         ("triton", WIDE, H100),
         ("triton", replace(WIDE, hidden_width=8, dtype=torch.float32), A100),
         ("triton", WIDE, replace(CPU, is_interpreted=True)),
+        ("triton_fp8", WIDE, H100),
+        ("triton_fp8", replace(WIDE, dtype=torch.float16), Platform("cuda", (8, 9))),
     ],
 )
 def test_an_order_is_followed(setting, problem, platform):
@@ -100,6 +102,9 @@ def test_an_order_is_followed(setting, problem, platform):
         ("triton", replace(WIDE, dtype=torch.float64), H100, "torch.float64"),
         ("triton", replace(WIDE, has_plain_norm=False), H100, "affine"),
         ("triton", replace(WIDE, width=96), replace(CPU, is_interpreted=True), "not 96"),
+        ("triton_fp8", WIDE, A100, "compute capability 8.0, the Triton kernels need 8.9"),
+        ("triton_fp8", replace(WIDE, dtype=torch.float32), H100, "for bfloat16 and float16"),
+        ("triton_fp8", replace(WIDE, width=96), H100, "not 96"),
     ],
 )
 def test_an_order_that_cannot_be_followed_says_why(setting, problem, platform, reason):

@@ -76,6 +76,16 @@ def test_products_leave_time_for_the_tensor_cores(compiled):
         assert 30 < found["measure", 80] <= 110
 
 
+def test_norms_in_fp8_compile_for_hopper():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.resources", "--fp8-norms", "--capability", "90", "--json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    measure = json.loads(result.stdout)[0]
+    assert measure["spilled_bytes"] == 0
+    assert measure["matrix_instruction"] == "wgmma"
+
+
 def test_interpreted_kernels_are_not_reported_as_compiled():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "kernels.resources", "--json"]
