@@ -6,7 +6,8 @@ from collections.abc import Callable
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_INTERIM = b"HTTP/1.1 1"
+_CONTINUE = _INTERIM + b"00 Continue\r\n\r\n"
 _FIRST_ASK_S = 0.05
 
 
@@ -22,7 +23,10 @@ class HeldFlow(FlowControl):
 
 
 class AnswerTransport:
-    """The connection's transport as an answer sees it: it closes in another way.
+    """The connection's transport as an answer sees it: it writes head and body at once, and closes otherwise.
+
+    Uvicorn writes them one after the other. Each is a system call, and wakes the client: together they took a
+    seventh of the event loop's time for a single photo.
 
     Args:
         transport: of the connection.
@@ -30,9 +34,30 @@ class AnswerTransport:
     """
 
     def __init__(self, transport: asyncio.Transport, leave: Callable[[], None]) -> None:
-        self.write = transport.write
         self.is_closing = transport.is_closing
-        self.close = leave
+        self._transport = transport
+        self._leave = leave
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """Write on. The head, which comes first, waits for what follows it; an interim answer does not."""
+        if self._head is None and not data.startswith(_INTERIM):
+            self._head = data
+        elif self._head:
+            self._transport.writelines((self._head, data))
+            self._head = b""
+        else:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write a head that nothing follows."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Write what waits, and leave the connection."""
+        self.flush()
+        self._leave()
 
 
 def ask_while_unanswered(

@@ -161,7 +161,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._silent_bytes = 0
         self.expect_100_continue &= version == "1.1"
         super().on_headers_complete()
-        self.cycle.transport = AnswerTransport(self.transport, self.leave)  # type: ignore[assignment]
+        self._answer = AnswerTransport(self.transport, self.leave)
+        self.cycle.transport = self._answer  # type: ignore[assignment]
         self.idle.pop(self, None)
         self._in_head, self._in_body = False, True
 
@@ -184,6 +185,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Parse the bytes that have come since, or wait for more."""
+        self._answer.flush()
         super().on_response_complete()
         if self._refused or self.transport.is_closing():
             self._unset_keepalive_if_required()

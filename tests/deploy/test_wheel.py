@@ -93,7 +93,7 @@ def test_it_works_where_a_project_has_its_own_packages(
     served: Any, programs: Path, project: Path, environment: dict[str, str], photo: bytes
 ) -> None:
     process, url = served
-    answer = httpx.post(f"{url}/encode?format=npy", content=photo, timeout=60)
+    answer = httpx.post(f"{url}/encode?format=npy&exact=true", content=photo, timeout=60)
     assert answer.status_code == 200, answer.text
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     decoders = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
