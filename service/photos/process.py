@@ -115,10 +115,15 @@ def _bounded(num_pixels: int, num_bytes: int) -> Iterator[None]:
 def _mapped_bytes() -> int:
     """Address space of this process, bytes; a lot where the system does not tell."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as stream:
-            return int(stream.read().split()[0]) * resource.getpagesize()
+        return int(os.pread(_statm(), 64, 0).split()[0]) * resource.getpagesize()
     except OSError:
         return 2**40
+
+
+@functools.cache
+def _statm() -> int:
+    """File descriptor of what the system tells of this process's memory."""
+    return os.open("/proc/self/statm", os.O_RDONLY)
 
 
 def _error(error: ServiceError) -> bytes:

@@ -216,7 +216,6 @@ def test_idle_decoders_that_are_stopped_are_found_and_replaced() -> None:
     run(test, timeout_s=0.8)
 
 
-@pytest.mark.usefixtures("faulty")
 def test_the_use_of_decoders_is_measured() -> None:
     async def test(decoders: Decoders, metrics: Metrics) -> None:
         def value(name: str) -> float:
@@ -235,6 +234,7 @@ def test_the_use_of_decoders_is_measured() -> None:
     run(test)
 
 
+@pytest.mark.usefixtures("faulty")
 def test_an_image_whose_decoder_was_killed_is_tried_again() -> None:
     async def test(decoders: Decoders, metrics: Metrics) -> None:
         await decoders.decode(parts(png((1, 1, 1))), RULES)
