@@ -55,6 +55,7 @@ def test_every_flag_reaches_its_setting(run, served):
         "max_request_pixels": 6,
         "max_aspect_ratio": 2.5,
         "max_frames": 12,
+        "compile_blocks": True,
         "exact_images": True,
         "page": "off",
         "png_compression": "small",
