@@ -85,7 +85,7 @@ class Job:
 
 
 class DecoderLink(asyncio.Protocol):
-    """One decoder process; all methods belong to the event loop's thread.
+    """One decoder process; all methods but `end` belong to the event loop's thread.
 
     Args:
         module: run by the process.
@@ -265,10 +265,13 @@ class DecoderLink(asyncio.Protocol):
         self._process.kill()
         return self._process.wait()
 
-    def end(self) -> int:
-        """Close the connection and wait for the process, which has little time to end; its status."""
+    def disconnect(self) -> None:
+        """Close the connection, which ends the process."""
         if self._transport is not None:
             self._transport.abort()
+
+    def end(self) -> int:
+        """Wait, in a thread, for a disconnected process, which has little time to end; its status."""
         try:
             return self._process.wait(_END_S)
         except subprocess.TimeoutExpired:

@@ -133,6 +133,7 @@ class Decoders:
         for link in self._decoders:
             for job in link.jobs:
                 job.fail(error)
+            link.disconnect()
         await asyncio.gather(*(asyncio.to_thread(link.end) for link in self._decoders))
 
     async def _judge(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[int]:
