@@ -260,7 +260,7 @@ def test_process(checkpoint: Path, png: bytes) -> None:
     ("variable", "value", "message"),
     [
         ("DRORAE_PORT", "http", "Input should be a valid integer"),
-        ("DRORAE_FUSION", "fast", "Input should be 'auto', 'triton', 'folded' or 'reference'"),
+        ("DRORAE_FUSION", "fast", "Input should be 'auto', 'triton'"),
         ("DRORAE_BATCH_BUCKETS", "1,x", "Input should be a valid integer"),
     ],
 )
