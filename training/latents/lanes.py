@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kernels.dispatch import FusionSetting
+from model.process import keep_freed_memory
 from model.tokenizer import Tokenizer
 from training.data.workers import ignore_signals, iterate
 from training.latents.encoding import DecodedBatch, Encode, UnitLatents, decode_batch, latent_encoder
@@ -98,6 +99,7 @@ def run_lane(config: LaneConfig, connection: Connection) -> None:
         device = torch.device(config.device)
         if device.type == "cpu":
             torch.set_num_threads(1)
+            keep_freed_memory()
         encode = load_encoder(config)
         pipe.send(Ready(measure_batch(encode, config.identity, device)))
         encode_all(config, encode, pipe.ask, pipe.send)
