@@ -1,4 +1,4 @@
-"""What a process sets for itself: the CPUs that it may use, how OpenMP's threads wait, what becomes of memory.
+"""What a process sets for itself: the CPUs that it uses, how OpenMP's threads wait, what becomes of memory.
 
 PyTorch reads the variables that `limit_threads` sets once, at its import. So this module imports none of it.
 """
@@ -7,7 +7,6 @@ import ctypes
 import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-
 
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
 _KEPT_BYTES, _LARGEST_MMAP_THRESHOLD = 2**30, 2**25

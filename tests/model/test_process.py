@@ -1,6 +1,7 @@
-"""The CPUs that a process may use, in file systems made up for the purpose."""
+"""The CPUs that a process may use, in file systems made up for the purpose, and the memory that it keeps."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -87,4 +88,19 @@ def test_openmp_heeds_the_quota_where_nothing_is_set(
 @pytest.mark.parametrize("module", ["model.process", "service.startup", "cli.main"])
 def test_processes_are_prepared_before_pytorch_is_imported(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_is_freed_is_used_again_without_page_faults() -> None:
+    code = """
+import resource, sys
+from model.process import keep_freed_memory
+keep_freed_memory()
+bytearray(8 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    bytearray(8 << 20)
+sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 1000)  # 4,000 where it is given back
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
