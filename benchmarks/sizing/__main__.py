@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print the model's table; 1 where the model is off by more than its bar."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     return _measure(arguments) if arguments.command == "measure" else _node(arguments)
 
 

@@ -187,7 +187,9 @@ def _decoding_s(width: int, height: int) -> float:
 
 def _reading(data: bytes) -> Callable[[], object]:
     settings = Settings()
-    rules = ImageRules(SIDE, settings.max_image_pixels, settings.max_aspect_ratio)
+    rules = ImageRules(
+        SIDE, settings.max_image_pixels, settings.max_aspect_ratio, exact=settings.exact_images
+    )
     return lambda: read_image(data, rules)
 
 
