@@ -65,7 +65,7 @@ ROOMS = {
         __init__ -> client, async_client -> many -> wire -> errors
     """,
     "deploy": """
-        checks, ray_serve
+        checks, ray_serve -> clients
     """,
 }
 # Files of these rooms do not import one another.

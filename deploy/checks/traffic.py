@@ -8,8 +8,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
+
+from deploy.clients import Clients
 
 TIMEOUT_S = 120
 _FIRST_BYTES = 200
@@ -28,7 +29,7 @@ def photo_requests(folder: Path) -> list[Request]:
     return [Request(path, photo) for photo in photos for path in ("/encode", "/reconstruct")]
 
 
-class Traffic:
+class Traffic(Clients):
     """Sends requests from entering to leaving, so many at once.
 
     Args:
@@ -46,21 +47,8 @@ class Traffic:
         self.outcomes: Counter[str] = Counter()
         self.seconds: list[float] = []
         self._port, self._requests = port, requests
-        self._stopped = threading.Event()
         self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(in_flight)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()  # each ends with its last answer
+        super().__init__(in_flight)
 
     @property
     def total(self) -> int:

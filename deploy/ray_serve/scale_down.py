@@ -10,13 +10,12 @@ The exit status is 1 where there was a pause above `--limit-s` from the removal 
 import argparse
 import itertools
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
+from deploy.clients import Clients
 from deploy.ray_serve.cluster import local_cluster
 from drorae_client import Client, DroraeError
 
@@ -32,7 +31,7 @@ class Answer(NamedTuple):
     error: str = ""
 
 
-class Load:
+class Load(Clients):
     """Clients that encode one photo after the other, from entering to leaving.
 
     Args:
@@ -43,22 +42,9 @@ class Load:
     def __init__(self, url: str, in_flight: int) -> None:
         self.answers: list[Answer] = []
         self._url = url
-        self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(in_flight)]
+        super().__init__(in_flight)
 
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         photo = PHOTO.read_bytes()
         with Client(self._url, timeout=TIMEOUT_S) as client:
             while not self._stopped.is_set():
