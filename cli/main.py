@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from model.process import limit_threads
-from service import startup
+from service.processes import startup
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,16 @@
 
 import sys
 
-from service.startup import prepare
+from service.processes.startup import prepare
 
 
 def main() -> int:
     """Read the environment and serve; returns the exit status."""
     prepare()
+    if sys.argv[1:]:  # the engine's process starts its fronts so
+        from service.server import run_front
+
+        return run_front(*map(int, sys.argv[1:]))
     from pydantic import ValidationError
 
     from service.server import leave_if_stuck, run

@@ -213,6 +213,21 @@ def from_model(error: ModelError) -> ServiceError:
     return kind(str(error))
 
 
+def to_fields(error: ServiceError) -> dict[str, Any]:
+    """An error as JSON, for another process."""
+    return {"kind": type(error).__name__, "detail": error.detail, "headers": error.headers}
+
+
+def from_fields(fields: Mapping[str, Any]) -> ServiceError:
+    """The error that `to_fields` made JSON of."""
+    error: ServiceError = InternalError(fields["detail"])
+    kind = globals().get(fields["kind"])
+    if isinstance(kind, type) and issubclass(kind, ServiceError):
+        error = kind(fields["detail"])
+    error.headers.update(fields["headers"])
+    return error
+
+
 def describe_validation(error: Mapping[str, Any], kind: Literal["option", "field"]) -> str:
     """One sentence for one of pydantic's errors, about a query option or a field of a JSON body."""
     name = ".".join(str(step) for step in error["loc"])

@@ -5,26 +5,22 @@ import json
 import math
 import mmap
 import os
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from service import errors
-from service.errors import InternalError, ServiceError
+from service.errors import ServiceError, from_fields
 from service.photos.decode import ImagePart, ImageRules
-from service.photos.process import ARENA_BYTES, NUM_SLOTS, PING, REPLY, SLOT_BYTES, request_head
+from service.photos.process import ARENA_BYTES, NUM_SLOTS, PING, SLOT_BYTES, request_head
 from service.photos.room import LARGE_PIXELS
+from service.processes.children import Frames, share_memory, socket_pair, spawn
 
 STORE_PIXELS = 4_000_000
 """Most pixels that a decoder is sent at once, unless one image has more: some 0.1 s of work, so that the
@@ -34,7 +30,6 @@ MAX_REQUEST_IMAGES = 3
 MAX_STALLS = 4
 """Checks in a row at which a decoder that has something to do made no progress: it is replaced then."""
 
-_ROOT = Path(__file__).parents[2]
 _END_S = 1.0  # how long a decoder may take to end by itself
 _CLOCK_HZ = os.sysconf("SC_CLK_TCK")
 
@@ -118,15 +113,15 @@ class DecoderLink(asyncio.Protocol):
         self._progress: tuple[int, float] = (0, 0.0)
         self._on_answer = on_answer
         self._on_lost = on_lost
-        self._replies = bytearray()
+        self._replies = Frames()
         self._transport: asyncio.Transport | None = None
-        self._socket, theirs = socket.socketpair()
-        self._socket.setblocking(False)
+        self._socket, theirs = socket_pair()
         with theirs:
-            arena_fd = _arena()
+            arena_fd = share_memory("drorae-decoder", ARENA_BYTES)
             try:
                 self._arena = mmap.mmap(arena_fd, ARENA_BYTES)
-                self._process = _spawn(module, theirs.fileno(), arena_fd)
+                descriptors = (theirs.fileno(), arena_fd)
+                self._process = spawn(module, descriptors, OPENBLAS_NUM_THREADS="1")
             except OSError:
                 self._socket.close()
                 raise
@@ -190,15 +185,9 @@ class DecoderLink(asyncio.Protocol):
             self._transport.write(data)
 
     def data_received(self, data: bytes) -> None:
-        self._replies += data
         answered: list[Job] = []
-        while len(self._replies) >= REPLY.size:
-            (num_bytes,) = REPLY.unpack_from(self._replies)
-            end = REPLY.size + num_bytes
-            if len(self._replies) < end:
-                break
-            self._take(bytes(self._replies[REPLY.size : end]), answered)
-            del self._replies[:end]
+        for reply in self._replies.feed(data):
+            self._take(reply, answered)
         self._on_answer(answered)
 
     def _take(self, reply: bytes, answered: list[Job]) -> None:
@@ -214,9 +203,7 @@ class DecoderLink(asyncio.Protocol):
         job.duration_s = now_s - job.begun_s
         answered.append(job)
         if reply:
-            fields = json.loads(reply)
-            kind = getattr(errors, fields["kind"], InternalError)
-            job.fail(kind(fields["detail"]))
+            job.fail(from_fields(json.loads(reply)))
         elif not job.future.done():
             shape = (job.rules.side, job.rules.side, 3)
             pixels = np.frombuffer(self._arena, np.uint8, math.prod(shape), slot * SLOT_BYTES)
@@ -277,25 +264,3 @@ class DecoderLink(asyncio.Protocol):
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
-
-
-def _arena() -> int:
-    """File descriptor of memory for the pixels; pages that nobody writes take no room."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("drorae-decoder")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, ARENA_BYTES)
-    return descriptor
-
-
-def _spawn(module: str, socket_fd: int, arena_fd: int) -> "subprocess.Popen[bytes]":
-    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, str(socket_fd), str(arena_fd)],
-        env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
-        pass_fds=(socket_fd, arena_fd),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )

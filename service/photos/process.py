@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import BinaryIO
 
-from service.errors import InternalError, ServiceError, TooLargeError
+from service.errors import InternalError, ServiceError, TooLargeError, to_fields
 from service.photos.decode import ImageRules, capital, decode_image
+from service.processes.children import frame
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ REQUEST = struct.Struct("!II")
 """Bytes of the request's JSON, which follows, and of the image file."""
 PING = REQUEST.pack(0, 0)
 """A request of nothing: the decoder answers as at the beginning."""
-REPLY = struct.Struct("!I")
-"""Bytes of the reply's JSON, which names the error and follows; 0 where the pixels are in the arena, and once
-at the beginning, when the decoder is ready."""
+DONE = frame(b"")
+"""The reply where the pixels are in the arena, and once at the beginning, when the decoder is ready. Other
+replies are JSON that tells the error."""
 
 
 def request_head(slot: int, name: str, rules: ImageRules, num_pixels: int, num_bytes: int) -> bytes:
@@ -65,10 +66,10 @@ def _rules_json(rules: ImageRules) -> str:
 
 def serve(connection: socket.socket, arena: mmap.mmap) -> None:
     """Decode images until the other side closes the connection."""
-    connection.sendall(REPLY.pack(0))
+    connection.sendall(DONE)
     with connection.makefile("rb") as requests:
         while (head := requests.read(REQUEST.size)) and len(head) == REQUEST.size:
-            connection.sendall(REPLY.pack(0) if head == PING else _reply(requests, head, arena))
+            connection.sendall(DONE if head == PING else _reply(requests, head, arena))
 
 
 def _reply(requests: BinaryIO, head: bytes, arena: mmap.mmap) -> bytes:
@@ -90,7 +91,7 @@ def _reply(requests: BinaryIO, head: bytes, arena: mmap.mmap) -> bytes:
         logger.exception("a decoder failed on an image")
         return _error(InternalError("The image could not be decoded; the service's log has the details."))
     arena[start : start + len(pixels)] = pixels
-    return REPLY.pack(0)
+    return DONE
 
 
 @contextmanager
@@ -127,8 +128,7 @@ def _statm() -> int:
 
 
 def _error(error: ServiceError) -> bytes:
-    document = json.dumps({"kind": type(error).__name__, "detail": error.detail}).encode()
-    return REPLY.pack(len(document)) + document
+    return frame(json.dumps(to_fields(error)).encode())
 
 
 def main() -> int:

@@ -85,7 +85,7 @@ def test_openmp_heeds_the_quota_where_nothing_is_set(
     assert environment["GOMP_SPINCOUNT"] == "1000"
 
 
-@pytest.mark.parametrize("module", ["model.process", "service.startup", "cli.main"])
+@pytest.mark.parametrize("module", ["model.process", "service.processes.startup", "cli.main"])
 def test_processes_are_prepared_before_pytorch_is_imported(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0

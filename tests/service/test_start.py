@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # Serves, with a fault at one moment of the start: a SIGTERM then, or a hang for good.
 SCRIPT = """
 import os, signal, sys, threading
-from service.startup import prepare
+from service.processes.startup import prepare
 prepare()
 from service.engine import engine
 from service import server

@@ -1,0 +1,1 @@
+"""The processes of the service: how they begin, what they share, what they say to each other."""
