@@ -3,7 +3,8 @@
 A request holds items from the end of its body to its answer. It holds bytes from the first byte of its body
 until its answer is sent: the body as far as it came, then what its inputs, results and answer take.
 
-Everything here runs on the event loop's thread; only the measured rates come from the engine's threads.
+Everything here runs on the event loop's thread; only the measured rates come from the engine's threads, and
+what other fronts hold from shared memory.
 """
 
 import asyncio
@@ -13,9 +14,10 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from service.engine.engine import Engine
+from service.api.view import EngineView
 from service.engine.operations import OPERATIONS, Operation
 from service.errors import QueueFullError
+from service.processes.tally import ITEMS, Tally
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -35,17 +37,21 @@ class Admission:
         settings: the limits.
         engine: its measured rates tell Retry-After, and whether a deadline can be kept.
         metrics: where room and refusals are counted.
+        tally: where it is counted what the requests of all processes hold.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, engine: EngineView, metrics: Metrics, tally: Tally) -> None:
         self._settings = settings
         self._engine = engine
         self._metrics = metrics
-        self._items = dict.fromkeys(OPERATIONS, 0)
-        self._bytes = 0
-        self.num_requests = 0
-        metrics.pending_items.set_function(lambda: sum(self._items.values()))
-        metrics.pending_bytes.set_function(lambda: self._bytes)
+        self._tally = tally
+        metrics.pending_items.set_function(self._num_items)
+        metrics.pending_bytes.set_function(lambda: tally.total("bytes"))
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have their place."""
+        return self._tally.total("requests")
 
     def admit(self, operation: Operation, num_items: int, deadline_s: float) -> "Reservation":
         """Begin a request, whose reservation holds nothing yet.
@@ -58,7 +64,7 @@ class Admission:
         Raises:
             QueueFullError: no room for the items, or no hope to keep the deadline.
         """
-        self._check_items(num_items)
+        self._check_items(self._num_items(), num_items)
         backlog_s = self.backlog_s()
         left_s = deadline_s - time.monotonic()
         if backlog_s * DEADLINE_MARGIN > left_s:
@@ -71,10 +77,15 @@ class Admission:
 
     def backlog_s(self) -> float:
         """Seconds that the engines need for the accepted items, at their measured rates."""
-        return self._engine.rates.duration_s(self._items, self._engine.num_workers)
+        items = {operation: self._tally.total(operation.name) for operation in OPERATIONS}
+        return self._engine.rates.duration_s(items, self._engine.num_workers)
 
-    def _check_items(self, further: int) -> None:
-        pending, limit = sum(self._items.values()), self._settings.queue_limit_items
+    def _num_items(self) -> int:
+        return sum(self._tally.total(name) for name in ITEMS)
+
+    def _check_items(self, pending: int, further: int) -> None:
+        """Whether there is room for ``further`` items beside the pending ones."""
+        limit = self._settings.queue_limit_items
         if pending + further > limit:
             raise self._full(
                 "items",
@@ -83,13 +94,13 @@ class Admission:
             )
 
     def _check_bytes(self, held: int, wanted: int) -> None:
-        """Whether a request that holds ``held`` may hold ``wanted``; one that is alone always may."""
-        others, limit = self._bytes - held, self._settings.queue_limit_bytes
+        """Whether a request may hold ``wanted``, as counted, after ``held``; one that is alone always may."""
+        others, limit = self._tally.total("bytes") - wanted, self._settings.queue_limit_bytes
         share = limit if wanted <= SMALL_BYTES else int(limit * LARGE_SHARE)
         if others > 0 and others + wanted > share:
             raise self._full(
                 "bytes",
-                f"Requests hold {self._bytes} of at most {limit} bytes, and {wanted - held} more came.",
+                f"Requests hold {others + held} of at most {limit} bytes, and {wanted - held} more came.",
             )
 
     def _full(self, reason: str, detail: str) -> QueueFullError:
@@ -98,8 +109,8 @@ class Admission:
         return QueueFullError(detail, {"Retry-After": str(min(retry_after_s, MAX_RETRY_AFTER_S))})
 
     def _add(self, operation: Operation, num_items: int, num_bytes: int) -> None:
-        self._items[operation] += num_items
-        self._bytes += num_bytes
+        self._tally.add(operation.name, num_items)
+        self._tally.add("bytes", num_bytes)
 
 
 class Reservation:
@@ -118,14 +129,14 @@ class Reservation:
         self._num_users = 0
 
     def __enter__(self) -> Self:
-        self._admission.num_requests += 1
+        self._admission._tally.add("requests", 1)
         self._num_users += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._admission.num_requests -= 1
+        self._admission._tally.add("requests", -1)
         self.hold_items(0)
         self._leave()
 
@@ -135,10 +146,14 @@ class Reservation:
         Raises:
             QueueFullError: there is no room for the further ones; the reservation stays as it was.
         """
-        further = num_items - self.num_items
-        if further > 0:
-            self._admission._check_items(further)
-        self._admission._add(self._operation, further, 0)
+        admission, further = self._admission, num_items - self.num_items
+        admission._add(self._operation, further, 0)
+        try:
+            if further > 0:
+                admission._check_items(admission._num_items() - further, further)
+        except QueueFullError:
+            admission._add(self._operation, -further, 0)
+            raise
         self.num_items = num_items
 
     def hold_bytes(self, num_bytes: int) -> None:
@@ -147,9 +162,14 @@ class Reservation:
         Raises:
             QueueFullError: there is no room for the further ones; the reservation stays as it was.
         """
-        if num_bytes > self.num_bytes:
-            self._admission._check_bytes(self.num_bytes, num_bytes)
-        self._admission._add(self._operation, 0, num_bytes - self.num_bytes)
+        admission, further = self._admission, num_bytes - self.num_bytes
+        admission._add(self._operation, 0, further)
+        try:
+            if further > 0:
+                admission._check_bytes(self.num_bytes, num_bytes)
+        except QueueFullError:
+            admission._add(self._operation, 0, -further)
+            raise
         self.num_bytes = num_bytes
 
     def keep_until_done(self, work: Future[Any]) -> None:

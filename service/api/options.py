@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from model.tokenizer import Tokenizer
+from service.codecs.facts import ModelFacts
 from service.codecs.media_types import JSON
 from service.codecs.schemas import CommonOptions, EncodeOptions, PictureOutOptions, ReconstructOptions
 from service.errors import OptionError, describe_validation
@@ -52,7 +52,7 @@ def check_scaling(options: CommonOptions) -> None:
             )
 
 
-def check_normalize(options: EncodeOptions, tokenizer: Tokenizer) -> None:
+def check_normalize(options: EncodeOptions, tokenizer: ModelFacts) -> None:
     """Refuse to normalise where the statistics are missing, or describe other latents.
 
     Raises:
@@ -67,7 +67,7 @@ def check_normalize(options: EncodeOptions, tokenizer: Tokenizer) -> None:
         )
 
 
-def check_statistics(tokenizer: Tokenizer) -> None:
+def check_statistics(tokenizer: ModelFacts) -> None:
     """Refuse normalised latents where the checkpoint has no statistics.
 
     Raises:
@@ -77,7 +77,7 @@ def check_statistics(tokenizer: Tokenizer) -> None:
         raise OptionError("Latents cannot be normalised: this checkpoint has no latent statistics.")
 
 
-def check_json_extras(options: ReconstructOptions, media_type: str, tokenizer: Tokenizer) -> None:
+def check_json_extras(options: ReconstructOptions, media_type: str, tokenizer: ModelFacts) -> None:
     """Refuse router weights and originals where the answer, or the model, has none.
 
     Raises:
@@ -94,7 +94,7 @@ def check_json_extras(options: ReconstructOptions, media_type: str, tokenizer: T
         raise OptionError("The option router needs latent=enriched: the base latent is not mixed of layers.")
 
 
-def check_picture_size(options: PictureOutOptions, tokenizer: Tokenizer) -> None:
+def check_picture_size(options: PictureOutOptions, tokenizer: ModelFacts) -> None:
     """Refuse a size of pictures other than the model's.
 
     Raises:

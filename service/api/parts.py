@@ -9,12 +9,14 @@ import torch
 from starlette.requests import Request
 
 from model.process import num_cpus
-from model.tokenizer import Tokenizer
 from service.api.admission import Admission, Reservation
+from service.api.view import EngineView
+from service.codecs.facts import ModelFacts
 from service.engine.devices import share_cpus
-from service.engine.engine import Engine, EngineState
+from service.engine.state import EngineState
 from service.photos.pool import Decoders
 from service.photos.room import PixelLimits
+from service.processes.tally import Tally
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -28,13 +30,17 @@ class Parts:
     written in a pool of threads, and the model runs in the engine's own threads.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, engine: EngineView, metrics: Metrics, tally: Tally | None = None
+    ) -> None:
         self.settings = settings
         self.engine = engine
         self.metrics = metrics
-        self.admission = Admission(settings, engine, metrics)
+        tally = tally or Tally()
+        self.admission = Admission(settings, engine, metrics, tally)
         limits = PixelLimits(settings.max_request_pixels, settings.queue_limit_pixels, settings.retry_after_s)
-        self.decoders = Decoders(share_cpus(settings).num_decoders, settings.hang_timeout_s, metrics, limits)
+        num_decoders = share_cpus(settings).num_decoders
+        self.decoders = Decoders(num_decoders, settings.hang_timeout_s, metrics, limits, tally)
         metrics.ready.set_function(self.is_ready)
         self._io_threads = ThreadPoolExecutor(
             settings.num_io_threads or num_cpus(),
@@ -75,8 +81,8 @@ class Parts:
         if not self.decoders.is_ready:
             raise self.decoders.unavailable()
 
-    def ready_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+    def ready_tokenizer(self) -> ModelFacts:
+        """What is known of the tokenizer.
 
         Raises:
             UnavailableError: the engine takes no work now.

@@ -169,7 +169,8 @@ async def readyz(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Counters and histograms in Prometheus' text format."""
-    return Response(parts_of(request).metrics.render(), headers={"Content-Type": METRICS_MEDIA_TYPE})
+    page = await parts_of(request).engine.metrics_page()
+    return Response(page, headers={"Content-Type": METRICS_MEDIA_TYPE})
 
 
 def service_version() -> str:

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from model.tokenizer import Tokenizer
 from service.api.admission import Reservation
 from service.api.parts import parts_of
 from service.codecs.answers import Answer, writing_bytes
+from service.codecs.facts import ModelFacts
 from service.codecs.media_types import RAW
 from service.codecs.requests import (
     IMAGE_FILE,
@@ -95,7 +95,7 @@ async def decode_images(
     place: Reservation,
     options: EncodeOptions | ReconstructOptions,
     payload: Payload,
-    tokenizer: Tokenizer,
+    tokenizer: ModelFacts,
 ) -> list[Tensor]:
     """The images of a body, each [3, S, S]: uint8, or float32 in [0, 1]. The payload is empty afterwards.
 
@@ -128,7 +128,7 @@ async def decode_images(
 
 
 async def decode_latents(
-    request: Request, place: Reservation, options: DecodeOptions, payload: Payload, tokenizer: Tokenizer
+    request: Request, place: Reservation, options: DecodeOptions, payload: Payload, tokenizer: ModelFacts
 ) -> LatentBatch:
     """The latents of a body. The payload is empty afterwards.
 
@@ -167,7 +167,7 @@ async def compute(
     """
     engine, context = parts_of(request).engine, _context_of(request)
     operation = key.operation
-    result_bytes = len(inputs) * operation.result_bytes(engine.tokenizer)
+    result_bytes = len(inputs) * operation.result_bytes(engine.tokenizer.config)
     input_bytes = sum(tensor.nbytes for tensor in inputs)
     kept_bytes = 0 if operation.gives == "latents" else input_bytes
     place.hold_bytes(

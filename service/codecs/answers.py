@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.images.similarity import psnr, ssim
 from model.images.tensors import dtype_name, to_bytes, to_unit
-from model.tokenizer import Tokenizer
 from service.codecs import tensors
+from service.codecs.facts import ModelFacts
 from service.codecs.images import PictureFormat, PngCompression, write_picture
 from service.codecs.json.documents import write_document
 from service.codecs.json.files import write_files
@@ -55,7 +55,7 @@ class Origin:
     checkpoint_sha256: str | None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Origin":
+    def of(cls, tokenizer: ModelFacts) -> "Origin":
         """The origin of what this tokenizer makes."""
         checkpoint = tokenizer.checkpoint
         return cls(tokenizer.config.name, checkpoint.sha256 if checkpoint else None)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from model.images.opening import sniff
-from model.tokenizer import Tokenizer
 from service.codecs import tensors
+from service.codecs.facts import ModelFacts
 from service.codecs.images import read_pixels
 from service.codecs.json.documents import looks_like_json, read_document
 from service.codecs.json.files import read_files
@@ -167,7 +167,7 @@ def read_raw_images(payload: Payload, options: ImageOptions, rules: ImageRules) 
 
 
 def read_latents(
-    payload: Payload, kind: str, options: DecodeOptions, tokenizer: Tokenizer, max_items: int
+    payload: Payload, kind: str, options: DecodeOptions, tokenizer: ModelFacts, max_items: int
 ) -> LatentBatch:
     """The latents of a body, held to the tokenizer's shape and checkpoint.
 
@@ -290,7 +290,7 @@ def _agreed_normalization(option: bool | None, metadata: bool | None) -> bool:
     return bool(metadata if option is None else option)
 
 
-def _check_checkpoint(sha256: str | None, tokenizer: Tokenizer) -> None:
+def _check_checkpoint(sha256: str | None, tokenizer: ModelFacts) -> None:
     ours = tokenizer.checkpoint.sha256 if tokenizer.checkpoint else None
     if sha256 is not None and sha256 != ours:
         raise ForeignCheckpointError(

@@ -86,7 +86,7 @@ def choose(settings: Settings) -> Chosen:
 def _dtype_for(gpus: Sequence[str]) -> tuple[str, str]:
     """The type of all devices, since answers must not depend on which of them computes, and the reason."""
     if not gpus:
-        return "float32", "float32 is the fastest on a CPU"
+        return "float32", "CPUs keep float32, since most of them emulate bfloat16"
     capabilities = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus}
     oldest = min(gpus, key=capabilities.__getitem__)
     shown = f"{oldest} has compute capability {'.'.join(map(str, capabilities[oldest]))}"

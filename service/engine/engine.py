@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 from functools import partial
 from weakref import WeakSet
 
@@ -23,6 +22,7 @@ from service.engine.operations import RECONSTRUCT
 from service.engine.queue import FairQueue, Job
 from service.engine.rates import Rates
 from service.engine.runners import Runner
+from service.engine.state import FAILED_AT_WORK, EngineState, unavailable
 from service.engine.warming import SLACK
 from service.engine.watchdog import Watchdog, Watched
 from service.engine.worker import Worker
@@ -36,18 +36,6 @@ WATCH_INTERVAL_S = 0.2
 PROGRESS_INTERVAL_S = 5.0
 
 Load = Callable[[Settings], Tokenizer]
-
-_FAILED = "The engine has failed and the service is about to stop; its log says why."
-
-
-class EngineState(StrEnum):
-    """The stages of an engine's life."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"
 
 
 class _Starter(threading.Thread):
@@ -69,6 +57,7 @@ class Engine:
             `settings.device` set to it.
         on_failure: called in a thread of the engine when it fails, at loading or later.
         on_ready: called in that thread when it begins to take work.
+        rates: where the cost of items is kept; its own by default.
 
     Attributes:
         rates: measured cost of items.
@@ -86,8 +75,9 @@ class Engine:
         load: Load = load_tokenizer,
         on_failure: Callable[[], None] | None = None,
         on_ready: Callable[[], None] | None = None,
+        rates: Rates | None = None,
     ) -> None:
-        self.rates = Rates()
+        self.rates = rates or Rates()
         self.failure: str | None = None
         self.broken = False
         self.reasons: Mapping[str, str] = {}
@@ -219,14 +209,11 @@ class Engine:
 
     def unavailable(self) -> UnavailableError:
         """The error for work that is not taken now."""
-        details = {
-            EngineState.LOADING: "The model is still loading.",
-            EngineState.FAILED: "The model could not be loaded; the service's log says why.",
-        }
-        detail = details.get(self._state, "The service is draining and takes no new work.")
-        if self.broken:
-            detail = _FAILED
-        return UnavailableError(detail, {"Retry-After": str(self._settings.retry_after_s)})
+        return unavailable(self._state, self.broken, self._settings.retry_after_s)
+
+    async def metrics_page(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return self._metrics.render()
 
     def _start(self) -> None:
         started_s = self._starter.busy_since_s = time.monotonic()
@@ -367,7 +354,7 @@ class Engine:
         self._is_stuck = True
         self._fail(f"the engine failed: {problem}", broken=True)
         self._settled.set()
-        self.fail_jobs(UnavailableError(_FAILED, self.unavailable().headers))
+        self.fail_jobs(UnavailableError(FAILED_AT_WORK, self.unavailable().headers))
 
     def _fail(self, reason: str, broken: bool = False) -> None:
         """Be failed, unless that was so before, or the service stops anyway."""

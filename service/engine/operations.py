@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.config import TokenizerConfig
 from model.images.tensors import to_bytes
 from model.tokenizer import LatentKind, Tokenizer
 
@@ -59,9 +60,8 @@ class Operation:
         side = tokenizer.config.image_size
         return torch.full((3, side, side), 128, dtype=torch.uint8)
 
-    def result_bytes(self, tokenizer: Tokenizer) -> int:
+    def result_bytes(self, config: TokenizerConfig) -> int:
         """Size of one result, float32."""
-        config = tokenizer.config
         channels, *grid = config.latent_shape
         shape = {
             "latents": (channels, *grid),

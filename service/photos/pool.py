@@ -22,6 +22,7 @@ from service.photos.decode import ImagePart, ImageRules
 from service.photos.link import DecoderLink, ImageRequest, Job
 from service.photos.process import CPU_SIGNAL
 from service.photos.room import PixelLimits, PixelRoom
+from service.processes.tally import Tally
 from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -47,16 +48,22 @@ class Decoders:
         timeout_s: how long a decoder may make no progress, seconds, before it is replaced.
         metrics: where decoders that fail are counted.
         limits: most pixels that are taken.
+        tally: where pixels are counted, of all processes that decode.
     """
 
     def __init__(
-        self, num_processes: int, timeout_s: float, metrics: Metrics, limits: PixelLimits | None = None
+        self,
+        num_processes: int,
+        timeout_s: float,
+        metrics: Metrics,
+        limits: PixelLimits | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.num_processes = num_processes
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._limits = limits or PixelLimits()
-        self._room = PixelRoom(self._limits, num_processes, metrics)
+        self._room = PixelRoom(self._limits, num_processes, metrics, tally or Tally())
         self._decoders: list[DecoderLink] = []
         self._waiting: OrderedDict[ImageRequest, None] = OrderedDict()  # they take turns, the first is next
         self._num_failed_starts = 0  # since a decoder last answered

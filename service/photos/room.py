@@ -10,6 +10,7 @@ from model.errors import PictureCostError
 from model.images.costs import measure_picture
 from service.errors import QueueFullError, TooLargeError
 from service.photos.decode import UNKNOWN_PIXELS, ImagePart, ImageRules, capital, check_extent
+from service.processes.tally import Tally
 from service.telemetry.metrics import Metrics
 
 LARGE_PIXELS = 16_000_000
@@ -37,16 +38,18 @@ class PixelRoom:
         limits: the most that are taken.
         num_decoders: number that work side by side.
         metrics: where room and refusals are counted.
+        tally: where the pixels of all processes are counted.
     """
 
-    def __init__(self, limits: PixelLimits, num_decoders: int, metrics: Metrics) -> None:
+    def __init__(self, limits: PixelLimits, num_decoders: int, metrics: Metrics, tally: Tally) -> None:
         self._limits = limits
         self._num_decoders = num_decoders
         self._metrics = metrics
         self._pixels = 0
         self._num_requests = 0
         self._pixel_s = _FIRST_PIXEL_S
-        metrics.pending_pixels.set_function(lambda: self._pixels)
+        self._tally = tally
+        metrics.pending_pixels.set_function(lambda: tally.total("pixels"))
 
     def judge(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[int]:
         """The pixels of each image file of a request.
@@ -74,22 +77,11 @@ class PixelRoom:
         Raises:
             QueueFullError: no room, or no hope to keep the deadline.
         """
-        most = self._limit(num_pixels)
-        if self._pixels + num_pixels > most:
-            raise self._full(
-                "pixels",
-                f"The decoders have {self._pixels} of at most {most} pixels to decode, "
-                f"and {num_pixels} more came.",
-            )
-        wait_s, left_s = self._wait_s(num_pixels), deadline_s - time.monotonic()
-        if wait_s * _DEADLINE_MARGIN > left_s:
-            raise self._full(
-                "deadline",
-                f"Decoding the request's images takes about {wait_s:.1f} s beside the others', too long for "
-                f"its deadline of {left_s:.1f} s.",
-            )
+        wait_s = self._wait_s(num_pixels)
         self._add(1, num_pixels)
         try:
+            self._check_total(num_pixels)
+            self._check_deadline(wait_s, deadline_s - time.monotonic())
             yield
         finally:
             self._add(-1, -num_pixels)
@@ -98,6 +90,23 @@ class PixelRoom:
         """Note that a decoder took ``duration_s`` for an image."""
         newest = min(duration_s / num_pixels, _MOST_PIXEL_S)
         self._pixel_s += min(num_pixels / LARGE_PIXELS, 0.5) * (newest - self._pixel_s)
+
+    def _check_total(self, num_pixels: int) -> None:
+        """Refuse a request that was counted, and is too much together with the others."""
+        others, most = self._tally.total("pixels") - num_pixels, self._limit(num_pixels)
+        if others + num_pixels > most:
+            raise self._full(
+                "pixels",
+                f"The decoders have {others} of at most {most} pixels to decode, and {num_pixels} more came.",
+            )
+
+    def _check_deadline(self, wait_s: float, left_s: float) -> None:
+        if wait_s * _DEADLINE_MARGIN > left_s:
+            raise self._full(
+                "deadline",
+                f"Decoding the request's images takes about {wait_s:.1f} s beside the others', too long for "
+                f"its deadline of {left_s:.1f} s.",
+            )
 
     def _limit(self, num_pixels: int) -> int:
         """A quarter of the room beside one large request is kept for requests of ordinary photos."""
@@ -120,6 +129,7 @@ class PixelRoom:
     def _add(self, num_requests: int, num_pixels: int) -> None:
         self._num_requests += num_requests
         self._pixels += num_pixels
+        self._tally.add("pixels", num_pixels)
 
 
 def _judge_image(part: ImagePart, rules: ImageRules) -> int:

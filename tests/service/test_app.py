@@ -138,7 +138,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(
     serve: Any, gated: Any, png: bytes, check_problem: Check
 ) -> None:
     with serve(create_app(Settings(cpu_workers=1), gated)) as running, ThreadPoolExecutor(1) as pool:
-        running.engine.rates._item_s[operations.ENCODE] = 100.0
+        running.engine.rates._item_s[operations.OPERATIONS.index(operations.ENCODE)] = 100.0
         accepted = pool.submit(running.client.post, "/encode", content=png)
         assert gated.entered.acquire(timeout=30)
         response = running.client.post("/encode", content=png)

@@ -14,6 +14,7 @@ from service.api.admission import SMALL_BYTES, Admission, Reservation
 from service.engine import operations
 from service.engine.rates import Rates
 from service.errors import QueueFullError
+from service.processes.tally import Tally
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -24,7 +25,7 @@ ENCODE = operations.ENCODE
 def admission(rates: Rates | None = None, num_workers: int = 1, **settings: Any) -> Admission:
     engine: Any = SimpleNamespace(rates=rates or Rates(), num_workers=num_workers)
     defaults = {"queue_limit_items": 10, "max_items_per_request": 10}
-    return Admission(Settings(**{**defaults, **settings}), engine, Metrics())
+    return Admission(Settings(**{**defaults, **settings}), engine, Metrics(), Tally())
 
 
 def pending(room: Admission) -> tuple[float | None, float | None]:

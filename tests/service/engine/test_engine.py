@@ -17,9 +17,10 @@ from model.errors import CheckpointError, FusionError, LatentError
 from model.tokenizer import Tokenizer
 from service.engine import operations
 from service.engine.devices import CpuShares, load_tokenizer, share_cpus, visible_devices
-from service.engine.engine import Engine, EngineState
+from service.engine.engine import Engine
 from service.engine.operations import BatchKey
 from service.engine.queue import Job
+from service.engine.state import EngineState
 from service.errors import (
     DeadlineError,
     DeviceMemoryError,

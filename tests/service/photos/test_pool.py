@@ -25,6 +25,7 @@ from service.photos.decode import ImagePart, ImageRules
 from service.photos.pool import Decoders
 from service.photos.process import NUM_SLOTS, SLOT_BYTES
 from service.photos.room import LARGE_PIXELS, PixelLimits, PixelRoom
+from service.processes.tally import Tally
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -496,7 +497,7 @@ def test_the_service_answers_while_its_decoders_are_killed(serve: Any, tokenizer
 
 
 def test_small_files_that_take_long_do_not_spoil_the_estimate_for_large_ones() -> None:
-    room = PixelRoom(PixelLimits(), 1, Metrics())
+    room = PixelRoom(PixelLimits(), 1, Metrics(), Tally())
     for _ in range(1000):
         room.record(64, 5.0)
         room.record(300_000, 1.5)
