@@ -19,6 +19,7 @@ from service.api.endpoints import ENDPOINTS
 from service.api.openapi import describe
 from service.api.parts import Parts
 from service.api.routes import service_version
+from service.api.view import EngineView
 from service.codecs.media_types import JSON
 from service.engine.devices import load_tokenizer
 from service.engine.engine import Engine, Load
@@ -33,6 +34,7 @@ from service.http.middleware import (
 )
 from service.http.problems import answer_http_exception
 from service.pages.routes import DOCS_PATH, PAGE_PATH, page_routes
+from service.processes.tally import Tally
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import TRACE_HEADERS, Tracing, find_tracing
@@ -50,6 +52,8 @@ def create_app(
     load: Load = load_tokenizer,
     on_failure: Callable[[], None] | None = None,
     on_ready: Callable[[], None] | None = None,
+    engine: EngineView | None = None,
+    tally: Tally | None = None,
 ) -> Starlette:
     """Build the application; the model loads in the background once the server starts it.
 
@@ -59,19 +63,21 @@ def create_app(
         load: gives the tokenizer otherwise; called in the engine's thread.
         on_failure: called, in the engine's thread, when it failed, at loading or later.
         on_ready: called, in the engine's thread, when it begins to take work.
+        engine: of another process; by default one is made here, of all the above.
+        tally: where all processes in front of that engine count; by default this one counts alone.
 
     Raises:
         StartError: unusable API keys, or traces without the extra that exports them.
     """
     metrics = Metrics()
-    engine = Engine(
+    engine = engine or Engine(
         settings,
         metrics,
         load=load if tokenizer is None else lambda _: tokenizer,
         on_failure=on_failure,
         on_ready=on_ready,
     )
-    parts = Parts(settings, engine, metrics)
+    parts = Parts(settings, engine, metrics, tally)
     keys = ApiKeys(settings)
     tracing = find_tracing(settings.otlp_endpoint, service_version())
 

@@ -1,10 +1,11 @@
-"""Running the application: one process, one socket, orderly ends."""
+"""Running the application: one socket, one process or several, orderly ends."""
 
 import asyncio
 import gc
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -13,17 +14,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from service.api.parts import Parts
+from service.api.routes import service_version
 from service.app import create_app
 from service.engine.devices import load_tokenizer
-from service.engine.engine import Load
+from service.engine.engine import Engine, Load
 from service.errors import StartError, UnavailableError
+from service.http.keys import ApiKeys
 from service.http.protocol import BoundedHttpProtocol, protocol_class
+from service.processes.fronts.memory import Arena, Ledger
+from service.processes.fronts.pool import Fronts
+from service.processes.fronts.remote import RemoteEngine
 from service.settings import Settings, environment_warnings
 from service.telemetry import logs
+from service.telemetry.files import count_in_files
 from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import find_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +112,15 @@ class Server(uvicorn.Server):
                 self._captured_signals.clear()  # so that uvicorn does not raise them again once drained
 
 
+class FrontServer(Server):
+    """A server whose signals are taken by another process."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
 def run(settings: Settings, load: Load = load_tokenizer) -> int:
     """Serve until SIGTERM or SIGINT, which drain requests in flight.
 
@@ -127,29 +145,88 @@ def run(settings: Settings, load: Load = load_tokenizer) -> int:
     except OSError as exc:
         reason = exc.strerror or str(exc)
         return _fail(f"cannot listen on {settings.host}:{settings.port}: {reason}", EXIT_ADDRESS)
+    others = set(threading.enumerate())
+    try:
+        engine = (_serve_alone if settings.frontends == 1 else _serve_by_fronts)(settings, listener, load)
+    except StartError as exc:
+        listener.close()
+        return _fail(str(exc), EXIT_MODEL)
+    _left_behind.extend(set(threading.enumerate()) - others)
+    if engine.failure is not None:
+        return _fail(engine.failure, EXIT_ENGINE if engine.broken else EXIT_MODEL)
+    return EXIT_OK
+
+
+def _serve_alone(settings: Settings, listener: socket.socket, load: Load) -> Engine:
+    """Serve from this process, which has the engine too."""
     server: Server | None = None
 
     def stop() -> None:
         if server is not None:
             server.should_exit = True
 
-    try:
-        app = create_app(settings, load=load, on_failure=stop, on_ready=_set_aside)
-    except StartError as exc:
-        listener.close()
-        return _fail(str(exc), EXIT_MODEL)
+    app = create_app(settings, load=load, on_failure=stop, on_ready=_set_aside)
     parts: Parts = app.state.parts
-    config = uvicorn_config(app, settings, parts.metrics)
-    server = Server(config, parts, settings.drain_timeout_s)
+    server = Server(uvicorn_config(app, settings, parts.metrics), parts, settings.drain_timeout_s)
+    _tell_address(settings, listener)
+    server.run(sockets=[listener])
+    assert isinstance(parts.engine, Engine)
+    return parts.engine
+
+
+def _serve_by_fronts(settings: Settings, listener: socket.socket, load: Load) -> Engine:
+    """Serve from further processes; this one has the engine."""
+    ApiKeys(settings)  # what keeps a front from starting is told once, here
+    if (tracing := find_tracing(settings.otlp_endpoint, service_version())) is not None:
+        tracing.close()
+    _tell_address(settings, listener)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        fronts = Fronts(settings, listener, load, _set_aside)
+        runner.run(fronts.run())
+    return fronts.engine
+
+
+def run_front(socket_fd: int, arena_fd: int, listener_fd: int, ledger_fd: int, index: int) -> int:
+    """Serve as one of several fronts, until the engine's process says that it is time to stop.
+
+    Args:
+        socket_fd: the socket to the engine's process.
+        arena_fd: memory that this front shares with it.
+        listener_fd: the listening socket.
+        ledger_fd: memory that all of them share.
+        index: of this front.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # whoever signals means the whole service
+    settings = Settings()
+    logs.configure(settings.log_level, settings.log_format)
+    count_in_files(str(index))
+    ledger, arena = Ledger(ledger_fd, settings.frontends), Arena(arena_fd)
+
+    async def serve() -> None:
+        engine = RemoteEngine(
+            ledger.rates,
+            arena,
+            settings.retry_after_s,
+            on_stop=lambda number: server.handle_exit(number, None),
+            on_lost=lambda: os._exit(EXIT_ENGINE),
+        )
+        app = create_app(settings, engine=engine, tally=ledger.tally(index))
+        parts: Parts = app.state.parts
+        server = FrontServer(uvicorn_config(app, settings, parts.metrics), parts, settings.drain_timeout_s)
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: engine, sock=socket.socket(fileno=socket_fd))
+        _set_aside()
+        await server.serve(sockets=[socket.socket(fileno=listener_fd)])
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())
+    return EXIT_OK
+
+
+def _tell_address(settings: Settings, listener: socket.socket) -> None:
     sys.stdout.write(f"DRoRAE {settings.checkpoint} on {_address(listener)}\n")
     sys.stdout.flush()
-    others = set(threading.enumerate())
-    server.run(sockets=[listener])
-    _left_behind.extend(set(threading.enumerate()) - others)
-    engine = parts.engine
-    if engine.failure is not None:
-        return _fail(engine.failure, EXIT_ENGINE if engine.broken else EXIT_MODEL)
-    return EXIT_OK
 
 
 def _set_aside() -> None:

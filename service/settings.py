@@ -46,7 +46,6 @@ SERVICE_LINK = re.compile(
 SERVICE_LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")  # the value of DRORAE_PORT then
 
 NonEmptyText = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-DevicePattern = r"^(auto|cpu|cuda(:\d{1,3})?)$"
 
 
 class Settings(BaseSettings):
@@ -63,7 +62,7 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         "auto",
-        pattern=DevicePattern,
+        pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$",
         description="Where the model runs: auto (every visible GPU, else the CPU), cpu, cuda (every visible "
         "GPU) or cuda:N.",
     )
@@ -109,6 +108,13 @@ class Settings(BaseSettings):
     port: int = Field(
         8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it."
     )
+    frontends: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that accept connections and answer requests, on one port and in front of one "
+        "engine, with a share of max_connections and num_decoders each; 1 leaves it to the engine's process.",
+    )
     max_connections: int = Field(
         2048,
         ge=1,
@@ -122,10 +128,7 @@ class Settings(BaseSettings):
         10.0, gt=0, le=3600, description="How long a client may take to send a request's headers, seconds."
     )
     body_timeout_s: float = Field(
-        10.0,
-        gt=0,
-        le=3600,
-        description="How long a request's body may pause, seconds; 408 after.",
+        10.0, gt=0, le=3600, description="How long a request's body may pause, seconds; 408 after."
     )
     body_bytes_per_s: int = Field(
         4096,
@@ -213,8 +216,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Threads that read tensors and JSON and write answers, beside the model's; 0 takes one "
-        "a core.",
+        description="Threads that read tensors and write answers, beside the model's; 0 takes one a core.",
     )
     num_decoders: int = Field(
         0,

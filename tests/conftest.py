@@ -40,6 +40,7 @@ SLOW = (
     "service/engine/test_engine.py",
     "service/pages/test_page.py",
     "service/photos/test_pool.py",
+    "service/processes/fronts/test_fronts.py",
     "service/test_server.py",
     "service/test_start.py",
     "test_bundled.py",

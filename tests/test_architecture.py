@@ -40,9 +40,10 @@ ROOMS = {
         __main__ -> server -> app -> api -> codecs -> codecs/json, photos -> telemetry -> settings, errors
         app, server, api -> http -> telemetry
         app, server, api -> engine -> telemetry
+        server -> processes/fronts -> engine, processes, telemetry -> settings, errors
         app -> pages -> codecs
         http, engine -> settings, errors
-        __main__ -> startup
+        __main__, app, api, photos -> processes
     """,
     "training": """
         run -> studies, planning -> phases -> data/crops, latents/reading -> latents -> evaluation -> data

@@ -23,6 +23,9 @@ Result = TypeVar("Result")
 
 _POLL_INTERVAL_S = 0.02
 _TAIL_BYTES = 4000
+_DECODER = "service.photos.process"
+PARTS = ("main", "fronts", "decoders")
+"""Processes of a service: the first one, which has the engine; fronts, or a peer's workers; decoders."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -72,9 +75,19 @@ class Service:
         """CPU time since the start, seconds: user and system, children that have ended included."""
         return self._total(lambda pid: sum(map(int, _stat(pid)[11:15]))) / _TICKS_PER_S
 
-    def own_cpu_seconds(self) -> float:
-        """CPU time of the process alone, seconds: its decoders are others."""
-        return sum(map(int, _stat(self.pid)[11:13])) / _TICKS_PER_S
+    def cpu_seconds_by_part(self) -> dict[str, float]:
+        """CPU time of the living processes, seconds, by `PARTS`."""
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for pid in self._family():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                is_decoder = _DECODER in _read(pid, "cmdline").split("\0")
+                part = "main" if pid == self.pid else "decoders" if is_decoder else "fronts"
+                seconds[part] += sum(map(int, _stat(pid)[11:13])) / _TICKS_PER_S
+        return seconds
+
+    def children(self) -> list[int]:
+        """Process ids of the living children."""
+        return [pid for pid, parent in _parents().items() if parent == self.pid]
 
     def metrics(self) -> dict[tuple[str, Labels], float]:
         """Every sample of ``/metrics`` by name and labels.

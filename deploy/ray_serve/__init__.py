@@ -13,6 +13,7 @@ from ray import serve
 
 from service.api.parts import Parts
 from service.app import create_app
+from service.engine.engine import Engine
 from service.settings import Settings
 
 
@@ -29,7 +30,7 @@ class Replica:
     def __init__(self) -> None:
         self._app = create_app(Settings())
         parts: Parts = self._app.state.parts
-        self._engine = parts.engine
+        self._engine = cast(Engine, parts.engine)  # its own, not another process's
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

@@ -1,0 +1,1 @@
+"""Several processes that accept connections, in front of one engine in another."""
