@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from benchmarks.harness.provenance import Provenance
-from benchmarks.harness.service import Service, launch
+from benchmarks.harness.service import PARTS, Service, launch
 from benchmarks.serving.client import Load, run_client
 from benchmarks.serving.report import Bar, ServingRow, images_per_s, row_of_trials
 from benchmarks.serving.simulated import MAX_BATCH
@@ -78,12 +78,13 @@ def measure_host(options: Options, provenance: Provenance) -> Iterator[list[Serv
                     trial = run_trial(service, load)
                     trials[system.name, clients].append(trial)
                     logger.info(
-                        "round %d, %s, %d clients: %.1f images/s, %.2f ms of CPU a request",
+                        "round %d, %s, %d clients: %.1f images/s, %.2f ms of CPU per request (%s)",
                         number + 1,
                         system.name,
                         clients,
                         images_per_s([trial]),
                         trial.cpu_ms_per_request,
+                        ", ".join(f"{part} {trial.part_cpu_ms_per_request(part):.2f}" for part in PARTS),
                     )
     yield list(_rows(provenance, systems, counts, trials))
 

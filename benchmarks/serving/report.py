@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.provenance import Provenance
+from benchmarks.harness.service import PARTS
 from benchmarks.serving.trials import Trial, median
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class ServingRow(Provenance):
     p99_ms: float | None = None
     cpu_ms_per_request: float | None = None
     """All processes of the server."""
+    main_cpu_ms_per_request: float | None = None
+    """Its first process: the engine, and without fronts the event loop too."""
+    fronts_cpu_ms_per_request: float | None = None
+    """Its fronts, or a peer's workers."""
+    decoders_cpu_ms_per_request: float | None = None
     client_cpu_ms_per_request: float | None = None
     num_200: int = 0
     num_429: int = 0
@@ -70,6 +76,9 @@ TABLE: Mapping[str, Callable[[ServingRow], object]] = {
     "p50 ms": lambda row: row.p50_ms,
     "p99 ms": lambda row: row.p99_ms,
     "CPU ms": lambda row: row.cpu_ms_per_request,
+    "main": lambda row: row.main_cpu_ms_per_request,
+    "fronts": lambda row: row.fronts_cpu_ms_per_request,
+    "decoders": lambda row: row.decoders_cpu_ms_per_request,
     "429": lambda row: row.num_429,
     "5xx": lambda row: row.num_5xx,
     "errors": lambda row: row.num_errors,
@@ -110,6 +119,7 @@ def row_of_trials(
     reports = [trial.report for trial in trials]
     accepted = [report.latencies[200] for report in reports if 200 in report.latencies]
     refused = [report.answer_times[429] for report in reports if 429 in report.answer_times]
+    parts = {part: median([trial.part_cpu_ms_per_request(part) for trial in trials]) for part in PARTS}
     return ServingRow(
         **vars(provenance),
         scenario=scenario,
@@ -124,6 +134,9 @@ def row_of_trials(
         p90_ms=_median([latency.p90_ms for latency in accepted]),
         p99_ms=_median([latency.p99_ms for latency in accepted]),
         cpu_ms_per_request=median([trial.cpu_ms_per_request for trial in trials]),
+        main_cpu_ms_per_request=parts["main"],
+        fronts_cpu_ms_per_request=parts["fronts"],
+        decoders_cpu_ms_per_request=parts["decoders"],
         client_cpu_ms_per_request=median([trial.client_cpu_ms_per_request for trial in trials]),
         num_200=sum(report.num(200, 200) for report in reports),
         num_429=sum(report.num(429, 429) for report in reports),

@@ -2,7 +2,7 @@
 
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +65,7 @@ class Trial:
 
     report: Report
     cpu_s: float
+    parts_cpu_s: Mapping[str, float]
     rss_before: int
     rss_peak: int
     rss_after: int
@@ -73,6 +74,10 @@ class Trial:
     def cpu_ms_per_request(self) -> float:
         """CPU time of all the service's processes for each answer, milliseconds."""
         return 1e3 * self.cpu_s / max(1, self.report.num_total)
+
+    def part_cpu_ms_per_request(self, part: str) -> float:
+        """The same of one of the `PARTS`."""
+        return 1e3 * self.parts_cpu_s[part] / max(1, self.report.num_total)
 
     @property
     def client_cpu_ms_per_request(self) -> float:
@@ -86,12 +91,15 @@ def run_trial(service: Service, load: Load) -> Trial:
     Raises:
         benchmarks.serving.client.ClientError: the client failed.
     """
-    before, cpu_s = service.rss_bytes(), service.cpu_seconds()
+    before, cpu_s, parts_cpu_s = service.rss_bytes(), service.cpu_seconds(), service.cpu_seconds_by_part()
     with _MemoryWatch(service) as watch:
         report = run_client(load)
         cpu_s = service.cpu_seconds() - cpu_s
+        parts_cpu_s = {
+            part: seconds - parts_cpu_s[part] for part, seconds in service.cpu_seconds_by_part().items()
+        }
         watch.stopped.wait(min(_SETTLE_S, load.duration_s) if load.rate_per_s else 0)
-    return Trial(report, cpu_s, before, max([before, *watch.samples]), service.rss_bytes())
+    return Trial(report, cpu_s, parts_cpu_s, before, max([before, *watch.samples]), service.rss_bytes())
 
 
 def median(values: Sequence[float]) -> float:

@@ -22,6 +22,7 @@ EPILOG = """\
 examples:
   python -m benchmarks.sizing measure --photos photos.tar --output benchmarks/results/sizing.csv
   python -m benchmarks.sizing node --plot docs/serving/sizing.png
+  python -m benchmarks.sizing node --fronts 8
 
 measure   costs on this host, written to benchmarks/results/host_costs.json, and the model beside the service:
           around a simulated device, and with mini on the CPU; the bar is a rate within 15 %
@@ -65,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--requests", type=positive, default=3000, metavar="N", help="of each simulated run (default: 3000)"
     )
+    parser.add_argument(
+        "--fronts", type=positive, default=1, metavar="N", help="of the service in node (default: 1)"
+    )
     parser.add_argument("--output", type=Path, metavar="CSV", help="append the rows of measure to this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table of node; needs matplotlib")
     parser.add_argument("--commit", help="recorded as the commit where the files are not a git checkout")
@@ -88,7 +92,8 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 
 def _node(arguments: argparse.Namespace) -> int:
-    rows = list(rows_of_cases(load_host_costs(arguments.costs), arguments.requests))
+    host = load_host_costs(arguments.costs)
+    rows = list(rows_of_cases(host, arguments.requests, arguments.fronts))
     print(_markdown(rows))
     if arguments.plot:
         save_plot(rows, arguments.plot)

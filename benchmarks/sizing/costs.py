@@ -21,16 +21,27 @@ H100: Mapping[str, BatchCost] = {
 
 
 @dataclass(frozen=True)
+class FrontCosts:
+    """Costs of Python where there are several fronts, seconds of one core; see `Costs`."""
+
+    request_s: float
+    item_s: float
+    front_request_s: float
+    front_item_s: float
+
+
+@dataclass(frozen=True)
 class HostCosts:
     """Costs on the host, seconds of one core; see `Costs`.
 
     Attributes:
         machine, commit: where they were measured.
-        request_s, item_s: of the interpreter.
+        request_s, item_s: of the interpreter, where one process does all.
         client_s: of the load generator, per request.
         decode_s: of a decoder, by the photo's size.
         picture_s: of a written picture, by its format.
         batch_s: [fixed, per item] of ``mini`` on one core, beside equal work on the other cores.
+        behind_fronts: costs of several fronts and of the engine's process behind them.
     """
 
     machine: str
@@ -41,8 +52,11 @@ class HostCosts:
     decode_s: dict[str, float]
     picture_s: dict[str, float]
     batch_s: tuple[float, float]
+    behind_fronts: FrontCosts
 
-    def costs(self, batch: BatchCost, photo: str = "", picture: str = "", client_s: float = 0.0) -> Costs:
+    def costs(
+        self, batch: BatchCost, photo: str = "", picture: str = "", client_s: float = 0.0, num_fronts: int = 1
+    ) -> Costs:
         """Costs of a request.
 
         Args:
@@ -50,10 +64,13 @@ class HostCosts:
             photo: size of the images that come as files; empty for tensors.
             picture: format of the answer; empty for tensors.
             client_s: of clients on the same machine, per request.
+            num_fronts: processes that accept requests.
         """
         decode_s = self.decode_s[photo] if photo else 0.0
         picture_s = self.picture_s[picture] if picture else 0.0
-        return Costs(self.request_s, self.item_s, decode_s, picture_s, batch, client_s)
+        alone = {"request_s": self.request_s, "item_s": self.item_s}
+        python = asdict(self.behind_fronts) if num_fronts > 1 else alone
+        return Costs(decode_s=decode_s, picture_s=picture_s, batch=batch, client_s=client_s, **python)
 
     def save(self, file: Path) -> None:
         """Write them as JSON."""
@@ -69,4 +86,5 @@ def load_host_costs(file: Path = HOST_COSTS) -> HostCosts:
     """
     fields = json.loads(file.read_text(encoding="utf-8"))
     fields["batch_s"] = tuple(fields["batch_s"])
+    fields["behind_fronts"] = FrontCosts(**fields["behind_fronts"])
     return HostCosts(**fields)

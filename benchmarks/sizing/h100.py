@@ -8,8 +8,8 @@ from benchmarks.sizing.costs import H100, HostCosts
 from benchmarks.sizing.simulation import Machine, Outcome, Traffic, simulate
 
 CORES = (2, 4, 8, 16, 32, 64)
-ENOUGH = 0.9
-"""Share of the GPU's rate that counts as fed."""
+ENOUGH = 0.85
+"""Share of the GPU's rate with full batches that counts as fed."""
 KNEE = 3.0
 """Times the unloaded median, where p99 counts as too late."""
 _IN_FLIGHT = 512
@@ -69,43 +69,50 @@ class CaseRow:
     knee_per_s: float
 
 
-def rows_of_cases(host: HostCosts, num_requests: int) -> Iterator[CaseRow]:
+def rows_of_cases(host: HostCosts, num_requests: int, num_fronts: int) -> Iterator[CaseRow]:
     """Every kind of request on every number of cores, by runs of so many requests."""
+    largest = node(CORES[-1], num_fronts)
     for case in CASES:
-        outcomes = {cores: _saturated(host, case, cores, num_requests) for cores in CORES}
+        outcomes = {cores: _saturated(host, case, node(cores, num_fronts), num_requests) for cores in CORES}
         rates = {cores: outcome.images_per_s for cores, outcome in outcomes.items()}
         limits = {cores: outcome.bottleneck for cores, outcome in outcomes.items()}
-        cores = next((cores for cores in CORES if outcomes[cores].busy["engines"] >= ENOUGH), None)
-        yield CaseRow(case, rates, limits, cores, _knee(host, case, rates[CORES[-1]], num_requests))
+        size = largest.batch_size
+        enough = ENOUGH * size / H100[case.operation].seconds(size)
+        cores = next((cores for cores in CORES if rates[cores] >= enough), None)
+        knee_per_s = _knee(host, case, largest, rates[CORES[-1]], num_requests)
+        yield CaseRow(case, rates, limits, cores, knee_per_s)
 
 
-def node(num_cores: int) -> Machine:
+def node(num_cores: int, num_fronts: int) -> Machine:
     """The service's defaults on a node with one GPU: a core is left to the GPU's thread."""
-    return Machine(num_cores, max(1, num_cores - 1), num_writers=num_cores)
+    decoders = max(1, num_cores - 1)
+    return Machine(num_cores, decoders, num_writers=num_cores * num_fronts, num_fronts=num_fronts)
 
 
-def _saturated(host: HostCosts, case: Case, num_cores: int, num_requests: int) -> Outcome:
+def _saturated(host: HostCosts, case: Case, machine: Machine, num_requests: int) -> Outcome:
     """A closed loop with enough in flight for several full batches."""
     clients = max(1, _IN_FLIGHT // case.images_per_request)
-    return _simulate(host, case, num_cores, Traffic(clients, 0.0, case.images_per_request), num_requests)
+    return _simulate(host, case, machine, Traffic(clients, 0.0, case.images_per_request), num_requests)
 
 
-def _knee(host: HostCosts, case: Case, capacity: float, num_requests: int) -> float:
+def _knee(host: HostCosts, case: Case, machine: Machine, capacity: float, num_requests: int) -> float:
     """Images per second, with the most cores; 0 where no share of the capacity is fast enough."""
-    each, cores = case.images_per_request, CORES[-1]
-    alone_ms = _simulate(host, case, cores, Traffic(1, 0.0, each), 50).p50_ms
+    each = case.images_per_request
+    alone_ms = _simulate(host, case, machine, Traffic(1, 0.0, each), 50).p50_ms
     found = 0.0
     for share in _SHARES:
         rate = share * capacity
-        if _simulate(host, case, cores, Traffic(0, rate / each, each), num_requests).p99_ms > KNEE * alone_ms:
+        random_ms = _simulate(host, case, machine, Traffic(0, rate / each, each), num_requests).p99_ms
+        if random_ms > KNEE * alone_ms:
             break
         found = rate
     return found
 
 
-def _simulate(host: HostCosts, case: Case, num_cores: int, traffic: Traffic, num_requests: int) -> Outcome:
-    costs = host.costs(H100[case.operation], case.photo, case.picture)
-    return simulate(node(num_cores), costs, traffic, num_requests)
+def _simulate(host: HostCosts, case: Case, machine: Machine, traffic: Traffic, num_requests: int) -> Outcome:
+    batch, num_fronts = H100[case.operation], machine.num_fronts
+    costs = host.costs(batch, case.photo, case.picture, num_fronts=num_fronts)
+    return simulate(machine, costs, traffic, num_requests)
 
 
 def save_plot(rows: Sequence[CaseRow], file: Path) -> None:

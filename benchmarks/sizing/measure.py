@@ -5,7 +5,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from benchmarks.serving.bare import Variant, run_bare
 from benchmarks.serving.client import Load
 from benchmarks.serving.simulated import DEFAULT_BATCH_MS, MAX_BATCH
 from benchmarks.serving.trials import Trial, run_trial
-from benchmarks.sizing.costs import HostCosts
+from benchmarks.sizing.costs import FrontCosts, HostCosts
 from benchmarks.sizing.simulation import BatchCost, Machine, Outcome, Traffic, simulate
 from model.process import num_cpus
 from service.codecs.images import read_image, write_picture
@@ -33,6 +33,7 @@ PHOTO_SIZES = ((256, 256), (500, 375), (1920, 1440), (4000, 3000))
 PICTURES = ("png", "jpeg")
 MANY = 16
 """Images of a request, to tell its own cost from theirs."""
+NUM_FRONTS = 2
 BAR = 0.15
 """Most that the model's rate may be off."""
 _TARGET = "/encode?format=raw"
@@ -59,17 +60,10 @@ class SizingRow(Provenance):
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs of one load, with the CPU time of the service's first process.
-
-    Attributes:
-        load: of the client.
-        trials: one per round.
-        own_cpu_s: of the interpreter's process, per round.
-    """
+    """Runs of one load; CPU times are medians of the rounds, seconds."""
 
     load: Load
     trials: list[Trial]
-    own_cpu_s: list[float]
 
     @property
     def images_per_s(self) -> float:
@@ -81,20 +75,9 @@ class Trials:
     def p50_ms(self) -> float:
         return statistics.median(trial.report.latencies[200].p50_ms for trial in self.trials)
 
-    @property
-    def own_s(self) -> float:
-        """CPU time of the interpreter's process per request."""
-        pairs = zip(self.own_cpu_s, self.trials, strict=True)
-        return statistics.median(cpu_s / max(1, trial.report.num_total) for cpu_s, trial in pairs)
-
-    @property
-    def decoders_s(self) -> float:
-        """CPU time of the decoders per image."""
-        totals = [
-            (trial.cpu_s - own_s) / max(1, trial.report.num_total)
-            for trial, own_s in zip(self.trials, self.own_cpu_s, strict=True)
-        ]
-        return statistics.median(totals) / self.load.images_per_request
+    def part_s(self, part: str) -> float:
+        """CPU time of one of the service's parts per request."""
+        return statistics.median(trial.part_cpu_ms_per_request(part) for trial in self.trials) / 1e3
 
     @property
     def client_s(self) -> float:
@@ -118,7 +101,11 @@ def measure(
     device = {"batch_size": str(MAX_BATCH), "cpu_workers": "1", "cpu_threads": "1"}
     with launch({"log_level": "warning", **device}, "benchmarks.serving.simulated") as service:
         simulated = [_run(service, folder, *load, duration_s, rounds) for load in loads]
-    host = _host_costs(folder, simulated, duration_s, provenance)
+    with launch(
+        {"log_level": "warning", "frontends": str(NUM_FRONTS), **device}, "benchmarks.serving.simulated"
+    ) as service:
+        fronted = [_run(service, folder, *load, duration_s, rounds) for load in loads]
+    host = _host_costs(folder, simulated, fronted, duration_s, provenance)
     with launch({"log_level": "warning"}) as service:
         real = [_run(service, folder, *load, duration_s, rounds) for load in ((1, 1), loads[0], loads[2])]
     shares = share_cpus(Settings())
@@ -126,6 +113,9 @@ def measure(
     on_cpu = Machine(num_cpus(), shares.num_decoders, shares.num_workers, 8, computes=True)
     batches = (BatchCost(DEFAULT_BATCH_MS / 1e3, 0.0), BatchCost(*host.batch_s))
     rows = [_compare("simulated device", provenance, host, on_device, batches[0], run) for run in simulated]
+    with_fronts = replace(on_device, num_fronts=NUM_FRONTS)
+    name = f"simulated device, {NUM_FRONTS} fronts"
+    rows += [_compare(name, provenance, host, with_fronts, batches[0], run) for run in fronted]
     rows += [_compare("mini on the CPU", provenance, host, on_cpu, batches[1], run) for run in real]
     return host, rows
 
@@ -134,34 +124,44 @@ def _run(
     service: Service, folder: Path, clients: int, num_images: int, duration_s: float, rounds: int
 ) -> Trials:
     load = Load(service.url, _TARGET, str(folder), clients, duration_s, images_per_request=num_images)
-    trials, own_cpu_s = [], []
+    trials = []
     for number in range(rounds):
-        before_s = service.own_cpu_seconds()
         trials.append(run_trial(service, load))
-        own_cpu_s.append(service.own_cpu_seconds() - before_s)
         rate = trials[-1].report.ok_per_s * num_images
         logger.info("round %d, %d clients x %d images: %.1f images/s", number + 1, clients, num_images, rate)
-    return Trials(load, trials, own_cpu_s)
+    return Trials(load, trials)
+
+
+def _python_costs(runs: Sequence[Trials], part: str) -> tuple[float, float]:
+    """CPU time of a part per request, and per image of it."""
+    single, _, many = runs
+    item_s = max(0.0, (many.part_s(part) - single.part_s(part)) / (MANY - 1))
+    return single.part_s(part) - item_s, item_s
 
 
 def _host_costs(
-    folder: Path, simulated: Sequence[Trials], duration_s: float, provenance: Provenance
+    folder: Path,
+    simulated: Sequence[Trials],
+    fronted: Sequence[Trials],
+    duration_s: float,
+    provenance: Provenance,
 ) -> HostCosts:
     """From runs around a simulated device, all of whose CPU time is the host's."""
-    single, _, many = simulated
-    item_s = max(0.0, (many.own_s - single.own_s) / (MANY - 1))
+    single = simulated[0]
+    request_s, item_s = _python_costs(simulated, "main")
     decode_s = {f"{width}x{height}": _decoding_s(width, height) for width, height in PHOTO_SIZES}
     # In the service a decoder also passes bytes and pixels on, whatever the photo's size.
-    passing_s = max(0.0, single.decoders_s - _seconds(_reading(read_photos(folder)[0])))
+    passing_s = max(0.0, single.part_s("decoders") - _seconds(_reading(read_photos(folder)[0])))
     return HostCosts(
         machine=provenance.device,
         commit=provenance.commit,
-        request_s=single.own_s - item_s,
+        request_s=request_s,
         item_s=item_s,
         client_s=single.client_s,
         decode_s={name: seconds + passing_s for name, seconds in decode_s.items()},
         picture_s={name: _seconds(_writing(folder, name)) for name in PICTURES},
         batch_s=_batch_cost(folder, duration_s),
+        behind_fronts=FrontCosts(*_python_costs(fronted, "main"), *_python_costs(fronted, "fronts")),
     )
 
 
@@ -213,7 +213,8 @@ def _seconds(action: Callable[[], object]) -> float:
 def _compare(
     scenario: str, provenance: Provenance, host: HostCosts, machine: Machine, batch: BatchCost, run: Trials
 ) -> SizingRow:
-    costs = host.costs(batch, photo=f"{SIDE}x{SIDE}", client_s=host.client_s)
+    photo = f"{SIDE}x{SIDE}"
+    costs = host.costs(batch, photo, client_s=host.client_s, num_fronts=machine.num_fronts)
     load = run.load
     outcome: Outcome = simulate(machine, costs, Traffic(load.clients, 0.0, load.images_per_request))
     return SizingRow(

@@ -1,8 +1,9 @@
 """A discrete-event model of the service on one machine.
 
 Work is done by stations: the interpreter of the service's process (the event loop and the engine's Python,
-one thread at a time), the decoder processes, the threads that write pictures, and the engines. All work but a
-GPU's needs a core; where more works than there are cores, all go slower alike. Costs are constants, so
+one thread at a time), the fronts where there are several, whose interpreters take over the event loop's part,
+the decoder processes, the threads that write pictures, and the engines. All work but a GPU's needs a core;
+where more works than there are cores, all go slower alike. Costs are constants, so
 whatever is random comes from the arrivals.
 """
 
@@ -34,8 +35,10 @@ class Costs:
     """What a request takes, seconds of one core or of the device.
 
     Attributes:
-        request_s: of the interpreter, per request.
-        item_s: of the interpreter, per image.
+        request_s: of the engine's process, per request.
+        item_s: of the engine's process, per image.
+        front_request_s, front_item_s: of a front, where there are several; the two above are then of what is
+            left to the engine's process.
         decode_s: of a decoder, per image; 0 for tensors.
         picture_s: of a thread that writes an answer's picture, per image; 0 for latents.
         batch: of the device, or of the core that computes.
@@ -48,6 +51,8 @@ class Costs:
     picture_s: float
     batch: BatchCost
     client_s: float = 0.0
+    front_request_s: float = 0.0
+    front_item_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Machine:
         computes: whether engines need a core each: a CPU's do.
         depth: batches that an engine has in flight.
         num_writers: threads that write pictures.
+        num_fronts: processes that accept requests; where it is one, it is the engine's.
     """
 
     num_cores: int
@@ -71,6 +77,7 @@ class Machine:
     computes: bool = False
     depth: int = 2
     num_writers: int = 8
+    num_fronts: int = 1
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,13 @@ class _Service:
         self.machine, self.costs, self.traffic, self.random = machine, costs, traffic, random_
         self.clock = _Clock(machine.num_cores)
         self.interpreter = _Station(self.clock, 1)
+        each = traffic.images_per_request
+        engine_s = costs.request_s + each * costs.item_s
+        if machine.num_fronts > 1:
+            self.fronts = _Station(self.clock, machine.num_fronts)
+            self.front_s, self.engine_s = costs.front_request_s + each * costs.front_item_s, engine_s
+        else:
+            self.fronts, self.front_s, self.engine_s = self.interpreter, engine_s, 0.0
         self.decoders = _Station(self.clock, machine.num_decoders)
         self.writers = _Station(self.clock, machine.num_writers)
         self.client = _Station(self.clock, 1)
@@ -224,6 +238,7 @@ class _Service:
         elapsed_s = spent.pop("elapsed")
         servers = {
             "interpreter": 1,
+            "fronts": self.machine.num_fronts,
             "decoders": self.decoders.num_servers,
             "writers": self.writers.num_servers,
             "engines": len(self.engines),
@@ -241,6 +256,7 @@ class _Service:
         return {
             "elapsed": self.clock.now_s,
             "interpreter": self.interpreter.busy_s,
+            "fronts": self.fronts.busy_s,
             "decoders": self.decoders.busy_s,
             "writers": self.writers.busy_s,
             "engines": self.engines_s,
@@ -265,22 +281,21 @@ class _Service:
         self.clock.after(self.random.expovariate(self.traffic.requests_per_s), arrive)
 
     def _arrive(self) -> None:
-        """Half of the interpreter's work comes before the model's."""
+        """Half of the Python work comes before the model's."""
         request = _Request(self.clock.now_s, self.traffic.images_per_request)
-        self.interpreter.submit(self._interpreter_s / 2, lambda: self._decode(request))
-
-    @property
-    def _interpreter_s(self) -> float:
-        return self.costs.request_s + self.traffic.images_per_request * self.costs.item_s
+        self.fronts.submit(self.front_s / 2, lambda: self._decode(request))
 
     def _decode(self, request: _Request) -> None:
         """A request's images are queued together, when all are decoded."""
         missing = itertools.count(request.missing - 1, -1)
 
+        def queue() -> None:
+            self.queue.extend([request] * request.missing)
+            self._wake()
+
         def decoded() -> None:
             if next(missing) == 0:
-                self.queue.extend([request] * request.missing)
-                self._wake()
+                self.interpreter.submit(self.engine_s / 2, queue)
 
         for _ in range(request.missing):
             self.decoders.submit(self.costs.decode_s, decoded)
@@ -334,10 +349,13 @@ class _Service:
             self._wake()
 
     def _write(self, request: _Request) -> None:
+        """Pictures are written in threads of the process that has the connection."""
         seconds = self.traffic.images_per_request * self.costs.picture_s
-        self.writers.submit(
-            seconds, lambda: self.interpreter.submit(self._interpreter_s / 2, lambda: self._answer(request))
-        )
+
+        def answer() -> None:
+            self.fronts.submit(self.front_s / 2, lambda: self._answer(request))
+
+        self.interpreter.submit(self.engine_s / 2, lambda: self.writers.submit(seconds, answer))
 
     def _answer(self, request: _Request) -> None:
         self.num_answered += 1

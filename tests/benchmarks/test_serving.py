@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.harness.photos import SAMPLES, PhotoError, read_photos, stage_photos
 from benchmarks.harness.provenance import Provenance
+from benchmarks.harness.service import PARTS
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving.client import BOUNDARY, Latency, Load, build_requests, run_client
 from benchmarks.serving.report import Bar, ServingRow, row_of_trials
@@ -195,9 +196,13 @@ def test_a_device_does_one_batch_at_a_time(tmp_path: Path) -> None:
 def test_rows_hold_medians_and_bars(folder: Path) -> None:
     with server(lambda _: answer(200)) as url:
         report = run_client(load(url, folder))
-    trials = [Trial(report, cpu_s, 2**20, 3 * 2**20, 2**21) for cpu_s in (1.0, 3.0, 2.0)]
+    trials = [
+        Trial(report, cpu_s, dict.fromkeys(PARTS, cpu_s / 3), 2**20, 3 * 2**20, 2**21)
+        for cpu_s in (1.0, 3.0, 2.0)
+    ]
     row = row_of_trials(PROVENANCE, "closed", "service", trials, clients=4)
     assert row.cpu_ms_per_request == pytest.approx(2e3 / report.num_total)
+    assert row.decoders_cpu_ms_per_request == pytest.approx(2e3 / 3 / report.num_total)
     assert (row.rss_before_mib, row.rss_peak_mib, row.rss_after_mib) == (1, 3, 2)
     assert row.num_200 == 3 * report.statuses[200]
     assert row.met is None
