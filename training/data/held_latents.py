@@ -3,6 +3,7 @@
 Shape legend: B batch, F 2 with flipped images or 1, C latent channels, h w latent grid.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,6 +43,13 @@ class HeldLatents:
         var = _sum_of(self.latents, lambda part: (part - mean).square()) / count
         return mean.float(), var.float()
 
+    def balanced_rows(self) -> list[int]:
+        """Image numbers, those of small classes several times, so that all classes come about as often."""
+        labels = self.labels.tolist()
+        counts = Counter(labels)
+        largest = max(counts.values())
+        return [row for row, label in enumerate(labels) for _ in range(round(largest / counts[label]))]
+
 
 def hold_latents(
     tokenizer: Tokenizer,
@@ -80,15 +88,15 @@ def hold_latents(
     return HeldLatents(latents, torch.tensor(labels, device=device), len(samples) - len(kept))
 
 
-def shuffled_numbers(
-    num_images: int, batch_size: int, seed: int, start_batch: int, ranks: Ranks
+def shuffled(
+    rows: Sequence[int], batch_size: int, seed: int, start_batch: int, ranks: Ranks
 ) -> Iterator[list[int]]:
-    """This rank's share of endless batches of image numbers, from batch ``start_batch`` on."""
-    epochs = ShuffledEpochs(num_images, seed)
+    """This rank's share of endless batches of ``rows``, from batch ``start_batch`` on."""
+    epochs = ShuffledEpochs(len(rows), seed)
     positions = iter(PositionSampler(start_batch * batch_size, batch_size, ranks))
     while True:
         share = islice(positions, batch_size // ranks.size)
-        yield [epochs.index(*divmod(position, num_images)) for position in share]
+        yield [rows[epochs.index(*divmod(position, len(rows)))] for position in share]
 
 
 def _sum_of(latents: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ from training.data.batches import (
     training_batches,
 )
 from training.data.classes import Classes, find_classes
-from training.data.held_latents import HeldLatents, hold_latents, shuffled_numbers
+from training.data.held_latents import HeldLatents, hold_latents, shuffled
 from training.data.randomness import Purpose, StepRandomness
 from training.data.sources import Sample, list_samples, spread_samples
 from training.distributed.device import autocast, products_dtype, resolve_device
@@ -222,9 +222,8 @@ class GenerationTask(Task[Batch | LatentBatch]):
 
     def _held_batches(self, held: HeldLatents, start_step: int) -> Iterator[list[Batch | LatentBatch]]:
         recipe, count = self.recipe, self.recipe.accumulation_steps
-        numbers = shuffled_numbers(
-            len(held.labels), recipe.batch_size // count, recipe.seed, start_step * count, self.ranks
-        )
+        rows = held.balanced_rows() if recipe.balance_classes else range(len(held.labels))
+        numbers = shuffled(rows, recipe.batch_size // count, recipe.seed, start_step * count, self.ranks)
         step = start_step
         while True:
             yield [self._held_batch(held, next(numbers), step, number) for number in range(count)]

@@ -54,6 +54,9 @@ class GeneratorRecipe(BaseRecipe):
     latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Of the latents that are held."
     )
+    balance_classes: bool = Field(
+        False, description="Draw images of small classes more often, so that all come alike; of held latents."
+    )
     time_law: TimeLaw = Field(
         "logit-normal",
         description="Law of the times before the shift (RAE in 2025: uniform; since: logit-normal).",

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -16,8 +17,9 @@ from model.generator import Generator
 from model.tokenizer import Tokenizer
 from tests.training.conftest import TINY, TINY_FUSION, encode_png, make_image, write_shard
 from training.data.classes import find_classes
-from training.data.held_latents import hold_latents, shuffled_numbers
+from training.data.held_latents import HeldLatents, hold_latents, shuffled
 from training.data.sources import list_samples
+from training.distributed.ranks import Ranks
 from training.errors import DataError, RecipeError
 from training.phases.generation import GenerationTask, draw_times
 from training.planning.plan import plan_phase, render_plan
@@ -206,16 +208,31 @@ def test_held_batches_are_the_images_and_their_mirror_images(recipe_file: Path, 
 
 
 def test_numbers_of_a_batch_are_those_of_its_position() -> None:
-    from training.distributed.ranks import Ranks
-
     def take(start: int, ranks: Ranks, count: int = 3) -> list[list[int]]:
-        stream = shuffled_numbers(5, 4, seed=1, start_batch=start, ranks=ranks)
+        stream = shuffled(range(5), 4, seed=1, start_batch=start, ranks=ranks)
         return [next(stream) for _ in range(count)]
 
     whole = take(0, Ranks())
     assert take(1, Ranks(), 2) == whole[1:]
     halves = [take(0, Ranks(rank, 2, rank)) for rank in range(2)]
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
+
+
+def test_small_classes_come_as_often_as_large_ones() -> None:
+    labels = [0] * 10 + [1] * 5 + [2] * 3
+    held = HeldLatents(torch.zeros(18, 1, 1, 1, 1), torch.tensor(labels), 0)
+    rows = held.balanced_rows()
+    epoch = next(shuffled(rows, len(rows), seed=1, start_batch=0, ranks=Ranks()))
+    assert set(epoch) == set(range(18))  # every image is there
+    assert Counter(labels[row] for row in epoch) == {0: 10, 1: 10, 2: 9}
+
+
+def test_classes_are_balanced_where_latents_are_held(recipe_file: Path) -> None:
+    task = make_task(recipe_file, "hold_latents=true", "balance_classes=true", "batch_size=12")
+    [batch] = next(task.batches(0))
+    assert batch.labels.shape == (12,)
+    with pytest.raises(RecipeError, match="balance_classes"):
+        make_task(recipe_file, "balance_classes=true")
 
 
 @pytest.mark.parametrize("shift", [1.0, 6.9282])
