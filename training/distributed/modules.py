@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -163,16 +163,18 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict({name: like(t, own[name]) if name in own else t for name, t in state.items()})
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+def whole_optimizer_state(
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], module: nn.Module
+) -> dict[str, Any]:
     """Moments and step counts by the parameter's name, whole, in memory of rank 0; else empty. Collective."""
-    state: Any = get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+    state: Any = get_optimizer_state_dict(module, optimizers, options=_WHOLE)
     return dict(state["state"]) if current().is_main else {}
 
 
 def load_whole_optimizer_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Inverse of `whole_optimizer_state`; rates and decays stay the optimizer's own.
+    """Inverse of `whole_optimizer_state`, for one optimizer; rates and decays stay the optimizer's own.
 
     Raises:
         KeyError: a parameter has no state.

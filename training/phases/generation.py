@@ -45,7 +45,13 @@ from training.evaluation.latent_statistics import latent_statistics
 from training.latents.reading.folder import LatentFolder, LatentRows
 from training.output.grids import reconstruction_grid, save_image
 from training.phases.new_generator import check_recipe, load_tokenizer, make_generator
-from training.phases.optimizer import Ema, clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
+from training.phases.optimizer import (
+    Ema,
+    clip_gradients,
+    learning_rate_at,
+    make_generator_optimizers,
+    set_learning_rate,
+)
 from training.phases.stored_latents import (
     check_labels,
     hold_stored,
@@ -109,7 +115,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
         self.validation = self._hold_validation()
         self._prepare_modules()
         self.model = Replicas(self.network, self.ranks)
-        self.optimizer = make_optimizer(self.network, recipe.optimizer)
+        self.optimizers = make_generator_optimizers(self.network, self.network.blocks, recipe.optimizer)
         self.ema = Ema(self.network, recipe.ema_decay)
         self.networks = {"tokenizer": self.tokenizer.config.name}
         num_parameters = sum(p.numel() for p in self.network.parameters())
@@ -137,8 +143,9 @@ class GenerationTask(Task[Batch | LatentBatch]):
     def train_step(self, step: int, micro_batches: list[Batch | LatentBatch]) -> dict[str, float]:
         recipe = self.recipe
         learning_rate = learning_rate_at(step, recipe.num_steps, recipe.optimizer)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches):
             with self.model.micro_batch(is_last=number == len(micro_batches) - 1):
@@ -146,7 +153,8 @@ class GenerationTask(Task[Batch | LatentBatch]):
                 loss.backward()
             total += loss.detach()
         norm = clip_gradients(self.network, recipe.optimizer.clip_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.ema.update(step)
         if not is_reported(step, recipe):  # a figure waits for the device
             return {}
@@ -185,7 +193,7 @@ class GenerationTask(Task[Batch | LatentBatch]):
     def state_dict(self) -> dict[str, Any]:
         return {
             "network": whole_state(self.network),
-            "optimizer": whole_optimizer_state(self.optimizer, self.network),
+            "optimizer": whole_optimizer_state(self.optimizers, self.network),
             "ema": self.ema.state_dict(),
             "statistics": [self.generator.latent_mean, self.generator.latent_var],
             "tokenizer_sha256": self.generator.trained_on.tokenizer_sha256,
@@ -195,7 +203,8 @@ class GenerationTask(Task[Batch | LatentBatch]):
         if state["tokenizer_sha256"] != self.generator.trained_on.tokenizer_sha256:
             raise ValueError("the tokenizer is not the one that the run began with")
         load_whole_state(self.network, state["network"])
-        load_whole_optimizer_state(self.optimizer, self.network, state["optimizer"])
+        for optimizer in self.optimizers:
+            load_whole_optimizer_state(optimizer, self.network, state["optimizer"])
         self.ema.load(state["ema"])
         self.generator.set_statistics(*state["statistics"])
 

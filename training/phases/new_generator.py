@@ -26,6 +26,10 @@ def check_recipe(recipe: GeneratorRecipe, num_ranks: int) -> None:
             raise RecipeError(f"field 'data.{images}': name images there or a folder in data.{latents}")
     if recipe.correction is not None and recipe.data.latents is not None:
         raise RecipeError("field 'correction': stored latents are corrected already; train from images")
+    if recipe.optimizer.matrices == "muon" and recipe.distributed.strategy == "fsdp":
+        raise RecipeError(
+            "field 'optimizer.matrices': muon needs whole matrices, so distributed.strategy: ddp"
+        )
     if recipe.balance_classes and not recipe.hold_latents:
         raise RecipeError("field 'balance_classes': needs hold_latents: true")
     named = [name for name in ("preset", "generator", "init") if getattr(recipe, name) is not None]

@@ -1,7 +1,7 @@
-"""Shared by every phase: AdamW, its schedule, gradient clipping, the moving average."""
+"""Shared by every phase: the optimizer and its schedule, gradient clipping, the moving average."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed.modules import is_sharded, like, local, whole, whole_state
+from training.recipes.generator import GeneratorOptimizer
 from training.recipes.recipe import OptimizerConfig
 
 
@@ -61,7 +62,32 @@ class Ema:
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters; weight decay spares vectors (norms, biases, gains)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    return _adamw((p for p in module.parameters() if p.requires_grad), config)
+
+
+def make_generator_optimizers(
+    network: nn.Module, blocks: nn.Module, config: GeneratorOptimizer
+) -> list[torch.optim.Optimizer]:
+    """One AdamW, or Muon for the matrices of ``blocks`` and AdamW for the rest; one rate fits both.
+
+    Muon's steps are scaled to the size of AdamW's, ``0.2 sqrt(max(rows, columns))`` (arXiv 2502.16982).
+    """
+    if config.matrices == "adamw":
+        return [make_optimizer(network, config)]
+    matrices = [p for p in blocks.parameters() if p.requires_grad and p.ndim == 2]
+    chosen = set(matrices)
+    rest = (p for p in network.parameters() if p.requires_grad and p not in chosen)
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, _adamw(rest, config)]
+
+
+def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    trained = list(parameters)
     groups: list[dict[str, Any]] = []
     # Sharded parameters have groups of their own: the fused update takes them or whole ones at a time.
     for share in (

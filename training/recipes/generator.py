@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from model.generator import GENERATOR_PRESETS, GeneratorConfig, TimeLaw
 from model.spelling import suggest
 from model.tokenizer import LatentKind
-from training.recipes.recipe import BaseRecipe, DataConfig, NonNegativeInt, PositiveInt
+from training.recipes.recipe import BaseRecipe, DataConfig, NonNegativeInt, OptimizerConfig, PositiveInt
 
 
 class GeneratorData(DataConfig):
@@ -20,6 +20,16 @@ class GeneratorData(DataConfig):
     )
     validation_latents: Path | None = Field(
         None, description="Folder of latents, instead of the images of validation."
+    )
+
+
+class GeneratorOptimizer(OptimizerConfig):
+    """As for the phases, and a choice for the blocks' matrices."""
+
+    matrices: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="What updates the blocks' matrices. muon (arXiv 2502.16982) learns more per image; its "
+        "products are bfloat16, which some CPUs emulate slowly. The rest is AdamW's.",
     )
 
 
@@ -54,6 +64,7 @@ class GeneratorRecipe(BaseRecipe):
     latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Of the latents that are held."
     )
+    optimizer: GeneratorOptimizer = GeneratorOptimizer()
     balance_classes: bool = Field(
         False, description="Draw images of small classes more often, so that all come alike; of held latents."
     )

@@ -119,17 +119,19 @@ def test_the_first_loss_is_that_of_predicting_nothing(recipe_file: Path, tmp_pat
     assert first == pytest.approx(2, abs=0.15)  # 1 + the latents' variance
 
 
-def test_it_learns(recipe_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_it_learns(matrices: str, recipe_file: Path, tmp_path: Path) -> None:
     overrides = ["num_steps=150", "evaluate_every_steps=150", "hold_latents=true"]
+    overrides.append(f"optimizer.matrices={matrices}")
     run_phase("generator", recipe_file, [*overrides, "optimizer.learning_rate=1e-2", "batch_size=12"])
     losses = [float(row["loss"]) for row in rows_of(tmp_path / "run" / "train.csv")]
     assert losses[-1] < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize("held", ["false", "true"])
-def test_a_cut_run_resumes_bit_for_bit(held: str, recipe_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("held", "matrices"), [("false", "adamw"), ("true", "adamw"), ("true", "muon")])
+def test_a_cut_run_resumes_bit_for_bit(held: str, matrices: str, recipe_file: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = [f"hold_latents={held}", "accumulation_steps=2"]
+    options = [f"hold_latents={held}", f"optimizer.matrices={matrices}", "accumulation_steps=2"]
     run_phase("generator", recipe_file, options, whole)
     train_step = GenerationTask.train_step
 
@@ -173,6 +175,17 @@ def test_steps_between_reports_do_not_wait_for_figures(recipe_file: Path) -> Non
     batches = task.batches(0)
     reported = [bool(task.train_step(step, next(batches))) for step in range(9)]
     assert reported == [False, False, True, True, False, True, False, True, True]
+
+
+def test_muon_updates_the_matrices_of_blocks_alone(recipe_file: Path) -> None:
+    task = make_task(recipe_file, "optimizer.matrices=muon")
+    muon, adamw = ({p for group in one.param_groups for p in group["params"]} for one in task.optimizers)
+    named = dict(task.network.named_parameters())
+    assert muon == {p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2}
+    assert muon | adamw == {p for p in named.values() if p.requires_grad}
+    assert not muon & adamw
+    with pytest.raises(RecipeError, match=r"optimizer\.matrices"):
+        make_task(recipe_file, "optimizer.matrices=muon", "distributed.strategy=fsdp")
 
 
 def test_labels_are_dropped_at_their_rate(recipe_file: Path) -> None:
