@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick portable check format docs mini clean
+.PHONY: help serve test quick portable check format docs mini generator clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -47,6 +47,9 @@ docs: $(VENV)/.runtime  ## write the pages that are generated from the code
 
 mini: $(VENV)/.dev  ## retrain the bundled checkpoint (DRORAE_DATA names the image packs)
 	PYTHON=$(BIN)/python training/mini.sh
+
+generator: $(VENV)/.dev  ## retrain the bundled generator of samples, and measure it (DRORAE_DATA too)
+	PYTHON=$(BIN)/python training/mini_generator.sh
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
