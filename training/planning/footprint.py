@@ -1,8 +1,7 @@
 """Cost of a training step, without running it: memory and operations.
 
-The step's modules run once on tensors that have shapes but no values (torch's fake tensors). torch's
-`FlopCounterMode` counts operations, and `saved_tensors_hooks` the bytes that the forward pass keeps for the
-backward pass. One process then needs at most
+The step's modules run once on tensors that have shapes but no values (`training.planning.meter`). One process
+then needs at most
 
     weights + AdamW's moments + averages                            at all times
     + gradients of earlier micro-batches, and of the discriminator
@@ -14,9 +13,7 @@ or, when the discriminator is trained, the same with all gradients and its own k
 context, workspaces of libraries and fragmentation come on top: 1 to 2 GiB.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,9 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from kernels.reference import token_norm
 from model.config import TokenizerConfig
@@ -37,19 +31,8 @@ from training.distributed.modules import checkpoint_activations
 from training.losses import adversarial as gan
 from training.losses.perceptual import LPIPS_NAME, EfficientNetDistance, Lpips, perceptual_name
 from training.phases.reconstruction import balance_at, blocks_passed
+from training.planning.meter import Meter, Operations, forget_values
 from training.recipes.recipe import PhaseRecipe
-
-Operations = Counter[torch.dtype]  # two per multiply-add, by the precision of the products
-_aten: Any = torch.ops.aten
-# torch's counter knows CUDA's attention kernels only.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +99,7 @@ def measure_footprint(
     micro_batch = max(1, recipe.batch_size // (recipe.accumulation_steps * num_processes))
     step, block_bytes = _Step(config, recipe, trained, micro_batch), 0
     with FakeTensorMode():
-        step.forget_values()
+        forget_values(*step.modules())
         plain, _ = step.run(is_adversarial=False)
         kept, judged = step.run(recipe.loss.adversarial > 0)
         if recipe.activation_checkpointing:
@@ -165,18 +148,6 @@ class _Step:
         self.parts["perceptual"] = self.perceptual
         self.parts["discriminator"] = self.discriminator.heads if is_shared else self.discriminator
 
-    def forget_values(self) -> None:
-        """Within a `FakeTensorMode`: leave every parameter and buffer a shape and a dtype alone."""
-        modules = {m for top in self._modules() for m in top.modules()}
-        for module in modules:
-            for name, p in module._parameters.items():
-                if p is not None:
-                    empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
-                    module._parameters[name] = nn.Parameter(empty, p.requires_grad)
-            for name, b in module._buffers.items():
-                if b is not None:
-                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
-
     def recompute(self) -> int:
         """Recompute blocks from now on; gives their number."""
         blocks = blocks_passed(self.tokenizer)
@@ -185,20 +156,20 @@ class _Step:
             checkpoint_activations(block)
         return len(blocks)
 
-    def run(self, is_adversarial: bool) -> tuple["_Meter", "_Meter"]:
+    def run(self, is_adversarial: bool) -> tuple["Meter", "Meter"]:
         """Meters of the generator's and of the discriminator's forward and backward pass."""
-        own = [t for module in self._modules() for t in (*module.parameters(), *module.buffers())]
-        self.meter, judged = _Meter(own), _Meter(own)
+        own = [t for module in self.modules() for t in (*module.parameters(), *module.buffers())]
+        self.meter, judged = Meter(own), Meter(own)
         with self.meter.modes():
             pair = self._generate(is_adversarial)
         if is_adversarial:
             with judged.modes():
                 gan.discriminator_loss(*self._judge(torch.cat(pair)).chunk(2)).backward()
-        for module in self._modules():
+        for module in self.modules():
             module.zero_grad(set_to_none=True)
         return self.meter, judged
 
-    def _modules(self) -> tuple[nn.Module, ...]:
+    def modules(self) -> tuple[nn.Module, ...]:
         return self.tokenizer, self.perceptual, self.discriminator
 
     def _generate(self, is_adversarial: bool) -> tuple[Tensor, Tensor]:
@@ -232,48 +203,6 @@ class _Step:
 
     def _judge(self, images: Tensor) -> Tensor:
         return self.discriminator(images, torch.empty(len(images), gan.NUM_DRAWS))
-
-
-class _Meter:
-    """Operations, and bytes that the forward pass keeps, within the context of `modes`."""
-
-    def __init__(self, own: Iterable[Tensor]) -> None:
-        self._own = {tensor.untyped_storage()._cdata for tensor in own}
-        self._kept: dict[int, int] = {}
-        self.total = Operations()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self._kept.values())
-
-    @property
-    def largest_bytes(self) -> int:
-        return max(self._kept.values(), default=0)
-
-    def modes(self) -> ExitStack:
-        """The contexts that count."""
-        counters = {op: self._tallied(count) for op, count in (flop_registry | _CPU_ATTENTION).items()}
-        stack = ExitStack()
-        stack.enter_context(FlopCounterMode(display=False, custom_mapping=counters))
-        stack.enter_context(saved_tensors_hooks(self.keep, lambda tensor: tensor))
-        return stack
-
-    def keep(self, tensors: Any) -> Any:
-        """Count the storages of tensors, but for the networks' own."""
-        for storage in (tensor.untyped_storage() for tensor in tree_leaves(tensors)):
-            if storage._cdata not in self._own:
-                self._kept[storage._cdata] = storage.nbytes()
-        return tensors
-
-    def _tallied(self, count: Callable[..., int]) -> Callable[..., int]:
-        def tally(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            operations = count(*args, **kwargs, out_val=out_val)
-            result = next(leaf for leaf in tree_leaves(out_val) if leaf is not None)
-            self.total[result.dtype] += operations
-            return operations
-
-        tally._get_raw = True  # type: ignore[attr-defined] # torch's mark of counters that take tensors
-        return tally
 
 
 def _part_size(name: str, module: nn.Module, num_shards: int) -> PartSize:

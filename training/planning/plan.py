@@ -22,8 +22,9 @@ from training.planning.checks import (
     gib,
 )
 from training.planning.device import device_bytes, matrix_tflops
-from training.planning.footprint import Footprint, Operations, measure_footprint
-from training.planning.generators import check_stored, generator_sizes
+from training.planning.footprint import Footprint, measure_footprint
+from training.planning.generators import GeneratorCost, check_stored, generator_cost
+from training.planning.meter import Operations
 from training.recipes.generator import GeneratorRecipe
 from training.recipes.recipe import BaseRecipe, DistillationRecipe, PhaseRecipe, in_steps, load_recipe
 
@@ -62,6 +63,7 @@ class Plan:
     validation: ImageCheck
     findings: Findings
     footprint: Footprint | None = None
+    cost: GeneratorCost | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -85,6 +87,8 @@ class Plan:
         if self.footprint is not None:
             footprint = self.footprint
             found |= {"parts": [asdict(part) for part in footprint.parts], "peak_bytes": footprint.peak_bytes}
+        if self.cost is not None:
+            found["peak_bytes"] = self.cost.peak_bytes
         return found
 
 
@@ -128,13 +132,11 @@ def plan_phase(
     if isinstance(recipe, PhaseRecipe) and config is not None:
         check_networks(recipe, config, findings)
         _add_footprint(plan, recipe, config, device)
-        _add_time(plan, recipe, device, options)
+        per_image = plan.footprint.operations_per_image(recipe.num_steps, recipe)
+        _add_time(plan, plan.footprint.run_operations(recipe), per_image, device, options)
         _add_disk(plan, recipe, config, resume)
     elif isinstance(recipe, GeneratorRecipe):
-        sizes = generator_sizes(recipe, plan.num_processes, plan.train.num_listed, findings)
-        needed = sizes.get("checkpoint_bytes", 0) + 3 * sizes.get("state_bytes", 0)
-        free = check_output("output", recipe.output, int(needed), findings, resume)
-        plan.figures |= sizes | {"free_bytes": free}
+        _add_generator(plan, recipe, device, options, resume)
     else:
         check_output("output", recipe.output, 0, findings, resume)
     return plan
@@ -168,8 +170,25 @@ def _add_footprint(plan: Plan, recipe: PhaseRecipe, config: TokenizerConfig, dev
         )
 
 
-def _add_time(plan: Plan, recipe: PhaseRecipe, device: torch.device, options: PlanOptions) -> None:
-    assert plan.footprint is not None
+def _add_generator(
+    plan: Plan, recipe: GeneratorRecipe, device: torch.device, options: PlanOptions, resume: bool
+) -> None:
+    plan.cost = cost = generator_cost(recipe, plan.num_processes, plan.train.num_listed, plan.findings)
+    figures = cost.figures if cost is not None else {}
+    needed = figures.get("checkpoint_bytes", 0) + 3 * figures.get("state_bytes", 0)
+    free = check_output("output", recipe.output, int(needed), plan.findings, resume)
+    plan.figures |= figures | {"free_bytes": free}
+    if cost is not None:
+        seen = recipe.num_steps * recipe.batch_size
+        run = Operations({dtype: count * seen for dtype, count in cost.per_image.items()})
+        _add_time(plan, run, cost.per_image, device, options)
+
+
+def _add_time(
+    plan: Plan, run: Operations, per_image: Operations, device: torch.device, options: PlanOptions
+) -> None:
+    """Seconds of the run and of a step, from their operations."""
+    recipe = plan.recipe
     names = ("bfloat16", "float32")
     rates = {n: options.matrix_tflops.get(n) or matrix_tflops(device, getattr(torch, n)) for n in names}
 
@@ -177,9 +196,10 @@ def _add_time(plan: Plan, recipe: PhaseRecipe, device: torch.device, options: Pl
         ideal = sum(count / (1e12 * rates[str(dtype)[6:]]) for dtype, count in operations.items())
         return ideal / (options.matrix_share * options.num_processes)
 
-    run_s = seconds(plan.footprint.run_operations(recipe))
-    step_s = recipe.batch_size * seconds(plan.footprint.operations_per_image(recipe.num_steps, recipe))
+    run_s, step_s = seconds(run), recipe.batch_size * seconds(per_image)
     plan.figures |= {f"tflops_{n}": rate for n, rate in rates.items()} | {"step_s": step_s, "run_s": run_s}
+    if isinstance(recipe, GeneratorRecipe) and (recipe.hold_latents or recipe.data.latents is not None):
+        return  # no image is decoded in the steps
     needed = recipe.num_steps * recipe.batch_size / run_s
     decoded = (plan.train.images_per_s or needed) * max(1, recipe.data.num_workers) * options.num_processes
     if decoded < needed:
@@ -229,7 +249,12 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"train      {plan.train}"
     yield f"validation {plan.validation}"
     if plan.footprint is not None:
-        yield from _cost_lines(plan, plan.footprint)
+        yield from _part_lines(plan.footprint)
+        assert isinstance(recipe, PhaseRecipe)
+        per_image = plan.footprint.operations_per_image(recipe.num_steps, recipe)
+        yield from _cost_lines(plan, plan.footprint.peak_bytes, per_image)
+    if plan.cost is not None:
+        yield from _cost_lines(plan, plan.cost.peak_bytes, plan.cost.per_image)
     sizes = [
         f"{name[:-6].replace('_', ' ')} {gib(v)}" for name, v in figures.items() if name.endswith("_bytes")
     ]
@@ -240,18 +265,19 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "nothing stands against this run"
 
 
-def _cost_lines(plan: Plan, footprint: Footprint) -> Iterator[str]:
+def _part_lines(footprint: Footprint) -> Iterator[str]:
     names = ("weights", "gradients", "AdamW", "average")
     yield f"\n{'part':14}{'parameters':>14}{'trained':>14}" + "".join(f"{name:>12}" for name in names)
     for part in footprint.parts:
         sizes = (part.weight_bytes, part.gradient_bytes, part.optimizer_bytes, part.ema_bytes)
         cells = "".join(f"{size / 2**20:8,.0f} MiB" for size in sizes)
         yield f"{part.name:14}{part.num_parameters:14,}{part.num_trained:14,}{cells}"
-    assert isinstance(plan.recipe, PhaseRecipe)
-    operations = footprint.operations_per_image(plan.recipe.num_steps, plan.recipe)
-    share, figures = operations[torch.float32] / operations.total(), plan.figures
-    yield f"\nmemory     {gib(footprint.peak_bytes)} at the peak of a step"
-    yield f"compute    {operations.total() / 1e9:,.0f} GFLOP per image, {share:.0%} of them in float32"
+
+
+def _cost_lines(plan: Plan, peak_bytes: int, per_image: Operations) -> Iterator[str]:
+    share, figures = per_image[torch.float32] / per_image.total(), plan.figures
+    yield f"\nmemory     {gib(peak_bytes)} at the peak of a step"
+    yield f"compute    {per_image.total() / 1e9:,.3g} GFLOP per image, {share:.0%} of them in float32"
     seconds = f"{figures['step_s']:.3g} s per step with all losses, {figures['run_s'] / 3600:,.2f} h in all"
     rates = f"{figures['tflops_bfloat16']:.4g} (bfloat16), {figures['tflops_float32']:.4g} (float32)"
     yield f"time       {seconds}, at {rates} TFLOP/s"

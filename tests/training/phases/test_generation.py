@@ -370,7 +370,14 @@ def test_a_dry_run_tells_sizes_and_what_is_wrong(recipe_file: Path, tmp_path: Pa
         p.numel() for p in make_task(recipe_file).network.parameters()
     )
     assert plan.figures["held_latents_bytes"] == 12 * 2 * 32 * 4 * 4 * 2
-    assert "12 images of 3 classes" in render_plan(plan)
+    page = render_plan(plan)
+    assert all(words in page for words in ("12 images of 3 classes", "at the peak of a step", "s per step"))
+    assert plan.cost is not None
+    assert plan.cost.peak_bytes > plan.figures["weights_bytes"]
+    assert plan.figures["run_s"] == pytest.approx(6 * plan.figures["step_s"])
+    from_images = plan_phase("generator", recipe_file, []).cost
+    assert from_images is not None
+    assert from_images.per_image.total() > plan.cost.per_image.total()  # the encoder runs in the step
     assert not (tmp_path / "run").exists()
     for override, words in (
         ("generator.num_classes=4", "made for classes 4"),
