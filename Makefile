@@ -46,10 +46,10 @@ docs: $(VENV)/.runtime  ## write the pages that are generated from the code
 	$(BIN)/python docs/serving/settings.py > docs/serving/settings.md
 
 mini: $(VENV)/.dev  ## retrain the bundled checkpoint (DRORAE_DATA names the image packs)
-	PYTHON=$(BIN)/python training/mini.sh
+	PYTHON=$(BIN)/python training/recipes/mini/train.sh
 
 generator: $(VENV)/.dev  ## retrain the bundled generator of samples, and measure it (DRORAE_DATA too)
-	PYTHON=$(BIN)/python training/mini_generator.sh
+	PYTHON=$(BIN)/python training/recipes/mini/generator.sh
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

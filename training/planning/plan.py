@@ -132,8 +132,7 @@ def plan_phase(
     if isinstance(recipe, PhaseRecipe) and config is not None:
         check_networks(recipe, config, findings)
         _add_footprint(plan, recipe, config, device)
-        per_image = plan.footprint.operations_per_image(recipe.num_steps, recipe)
-        _add_time(plan, plan.footprint.run_operations(recipe), per_image, device, options)
+        _add_phase_time(plan, recipe, device, options)
         _add_disk(plan, recipe, config, resume)
     elif isinstance(recipe, GeneratorRecipe):
         _add_generator(plan, recipe, device, options, resume)
@@ -168,6 +167,12 @@ def _add_footprint(plan: Plan, recipe: PhaseRecipe, config: TokenizerConfig, dev
             f"field 'accumulation_steps': a micro-batch of {plan.micro_batch} images needs {gib(peak)} and "
             f"{device} has {gib(size)}: use more micro-batches"
         )
+
+
+def _add_phase_time(plan: Plan, recipe: PhaseRecipe, device: torch.device, options: PlanOptions) -> None:
+    assert plan.footprint is not None
+    per_image = plan.footprint.operations_per_image(recipe.num_steps, recipe)
+    _add_time(plan, plan.footprint.run_operations(recipe), per_image, device, options)
 
 
 def _add_generator(
