@@ -5,20 +5,62 @@ Shape legend: B batch, N tokens, C width, T = B * N, L layers, R rows of the hid
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.operands import FoldedExperts, Fused, FusionSpec, check_hidden_states, check_weights_match
+from kernels.packed import LinearMap, PackedWeight
 from kernels.reference import aggregate, correct, token_norm
 
 # The hidden factor is upper triangular. In four row blocks that each skip the zero columns on their
-# left it costs 5/8 of a full product; more blocks save little and make the products thin.
+# left it costs 5/8 of a full product; more blocks save little, and thin products are slow.
 NUM_TRIANGLE_BLOCKS = 4
+MIN_BLOCK_ROWS = 96
 
 
-def fuse_layers(hidden_states: Sequence[Tensor], folded: FoldedExperts, spec: FusionSpec) -> Fused:
+@dataclass(frozen=True)
+class LayerMaps:
+    """The linear maps of one layer's expert.
+
+    Attributes:
+        product: ``product x + product_bias``.
+        hidden: row blocks of ``hidden x + hidden_bias``, each with the first column that it reads.
+    """
+
+    product: LinearMap
+    hidden: Sequence[tuple[int, LinearMap]]
+
+
+def make_maps(folded: FoldedExperts, pack: bool = False) -> list[LayerMaps]:
+    """The maps by layer, views of the operands; ``pack`` copies them into the order of CPU products."""
+    return [_layer_maps(folded, layer, pack) for layer in range(folded.num_layers)]
+
+
+def _layer_maps(folded: FoldedExperts, layer: int, pack: bool) -> LayerMaps:
+    def linear_map(weight: Tensor, bias: Tensor | None) -> LinearMap:
+        return LinearMap(weight, bias, PackedWeight.of(weight) if pack else None)
+
+    hidden = folded.hidden[layer]
+    num_rows = hidden.shape[0]
+    block = max(MIN_BLOCK_ROWS, math.ceil(num_rows / NUM_TRIANGLE_BLOCKS))
+    blocks = []
+    for start in range(0, num_rows, block):
+        rows = slice(start, start + block)
+        bias = None if folded.hidden_bias is None else folded.hidden_bias[layer, rows]
+        blocks.append((start, linear_map(hidden[rows, start:], bias)))
+    bias = None if folded.product_bias is None else folded.product_bias[layer]
+    return LayerMaps(linear_map(folded.product[layer], bias), blocks)
+
+
+def fuse_layers(
+    hidden_states: Sequence[Tensor],
+    folded: FoldedExperts,
+    spec: FusionSpec,
+    maps: Sequence[LayerMaps] | None = None,
+) -> Fused:
     """The fusion with folded experts; equals `kernels.reference.fuse_layers` on the unfolded ones.
 
     Products run in the hidden states' dtype, everything between them in float32 (float64 for float64).
@@ -27,6 +69,7 @@ def fuse_layers(hidden_states: Sequence[Tensor], folded: FoldedExperts, spec: Fu
         hidden_states: z^(k) of the L fused layers, shallow to deep, each [B, N, C], not normalised.
         folded: operands on the same device, with matrices of the same dtype.
         spec: scalars; the same that the experts were folded with.
+        maps: of these experts, where they are made already.
 
     Returns:
         z_final, in the hidden states' dtype, and the router weights.
@@ -39,7 +82,10 @@ def fuse_layers(hidden_states: Sequence[Tensor], folded: FoldedExperts, spec: Fu
     affine = (folded.norm_weight, folded.norm_bias)
     plain = [token_norm(z, spec.norm_eps) for z in hidden_states]
     router_weights = _route(hidden_states, plain, folded, spec)
-    total_BNC = _weighted_sum([x.flatten(0, 1) for x in plain], router_weights.flatten(0, 1), folded, spec)
+    maps = maps or make_maps(folded)
+    total_BNC = _weighted_sum(
+        [x.flatten(0, 1) for x in plain], router_weights.flatten(0, 1), folded, spec, maps
+    )
     total_BNC = total_BNC.view(plain[0].shape)
     if folded.norm_weight is not None:
         total_BNC *= folded.norm_weight
@@ -72,7 +118,11 @@ def _route(
 
 
 def _weighted_sum(
-    plain: Sequence[Tensor], router_weights: Tensor, folded: FoldedExperts, spec: FusionSpec
+    plain: Sequence[Tensor],
+    router_weights: Tensor,
+    folded: FoldedExperts,
+    spec: FusionSpec,
+    maps: Sequence[LayerMaps],
 ) -> Tensor:
     """``sum_k w_k h_k`` without LN_bb's affine part, [T, C].
 
@@ -81,17 +131,16 @@ def _weighted_sum(
         router_weights: w, [T, L].
         folded: operands.
         spec: scalars.
+        maps: by layer.
     """
     exact = folded.output_eps.dtype
-    energy_LT1 = torch.stack([_hidden_energy(x, folded, layer) for layer, x in enumerate(plain)])
+    energy_LT1 = torch.stack([_hidden_energy(x, of.hidden, exact) for x, of in zip(plain, maps, strict=True)])
     variance_LT1 = energy_LT1 * folded.hidden_scale[:, None, None] + spec.hidden_norm_eps
     floor_LT1 = variance_LT1 * folded.output_eps[:, None, None]
     deviation_LT1 = variance_LT1.sqrt()
     total_TC = torch.zeros_like(plain[0], dtype=exact)
     for layer, x in enumerate(plain):
-        output = F.linear(x, folded.product[layer])
-        if folded.product_bias is not None:
-            output = output + folded.product_bias[layer]
+        output = maps[layer].product(x)
         if folded.shift is not None:
             output = output.to(exact).addcmul_(deviation_LT1[layer], folded.shift[layer])
         inverse_norm = torch.rsqrt(_squared_norm(output, exact) / folded.width + floor_LT1[layer])
@@ -99,18 +148,9 @@ def _weighted_sum(
     return total_TC
 
 
-def _hidden_energy(x: Tensor, folded: FoldedExperts, layer: int) -> Tensor:
+def _hidden_energy(x: Tensor, blocks: Sequence[tuple[int, LinearMap]], exact: torch.dtype) -> Tensor:
     """``|hidden x + hidden_bias|^2``, [T, 1], one block of the triangle at a time."""
-    exact = folded.output_eps.dtype
-    hidden = folded.hidden[layer]
-    block = math.ceil(hidden.shape[0] / NUM_TRIANGLE_BLOCKS)
-    norms = []
-    for start in range(0, hidden.shape[0], block):
-        rows = slice(start, start + block)
-        projected = F.linear(x[:, start:], hidden[rows, start:])
-        if folded.hidden_bias is not None:
-            projected = projected + folded.hidden_bias[layer, rows]
-        norms.append(torch.linalg.vector_norm(projected, dim=-1, dtype=exact))
+    norms = [torch.linalg.vector_norm(block(x[:, start:]), dim=-1, dtype=exact) for start, block in blocks]
     return _squared_norm(torch.stack(norms, dim=-1), exact)
 
 

@@ -24,6 +24,7 @@ from model.images.tensors import FLOATS, Images, checked_images, is_dense, to_un
 from model.networks.decoder import Decoder
 from model.networks.encoder import Encoder
 from model.networks.fusion import Fusion
+from model.networks.linear import pack_linear_maps
 from model.networks.normalization import NormalizesLatents
 from model.networks.vit import compile_blocks
 
@@ -77,7 +78,9 @@ class Tokenizer(NormalizesLatents):
                 if module is not None:
                     module.freeze()
             tokenizer._prepare_fusion(path, fusion, torch.device(device), dtype)
-            return tokenizer.to(device=device, dtype=dtype).eval()
+            tokenizer.to(device=device, dtype=dtype).eval()
+            pack_linear_maps(tokenizer)
+            return tokenizer
 
     @classmethod
     def from_parts(cls, config: TokenizerConfig, parts: Parts, path: Path) -> Self:

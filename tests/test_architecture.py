@@ -29,6 +29,7 @@ ROOMS = {
     "kernels": """
         resources, fused -> launches -> device_code
         fused, folded -> reference -> operands
+        folded -> packed
         resources, fused -> dispatch
     """,
     "model": """

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TokenizerConfig
+from model.networks.linear import Linear
 from model.networks.vit import Block, Freezable, initialize_linear, sincos_positions
 
 
@@ -21,14 +22,14 @@ class Decoder(Freezable):
         decoder = config.decoder
         self.grid = config.encoder.grid
         self.patch_size = decoder.patch_size
-        self.embed = nn.Linear(config.encoder.width, decoder.width)
+        self.embed = Linear(config.encoder.width, decoder.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
         self.blocks = nn.ModuleList(
             Block(decoder.width, decoder.num_heads, decoder.mlp_width, decoder.layer_norm_eps)
             for _ in range(decoder.depth)
         )
         self.norm = nn.LayerNorm(decoder.width, eps=decoder.layer_norm_eps)
-        self.predict = nn.Linear(decoder.width, 3 * decoder.patch_size**2)
+        self.predict = Linear(decoder.width, 3 * decoder.patch_size**2)
         for name, constant in self.constants(config).items():
             self.register_buffer(name, constant, persistent=False)
         self.apply(initialize_linear)

@@ -201,7 +201,9 @@ class Fusion(Freezable):
             packed = fused.pack_experts(experts, device, dtype, fp8_norms=path == "triton_fp8")
             fuse = partial(fused.fuse_layers, packed=packed, spec=self.spec)
         else:
-            fuse = partial(folded.fuse_layers, folded=experts.to(device, dtype), spec=self.spec)
+            moved = experts.to(device, dtype)
+            maps = folded.make_maps(moved, pack=True)
+            fuse = partial(folded.fuse_layers, folded=moved, spec=self.spec, maps=maps)
         self._prepared = PreparedFusion(path, device, dtype, fuse)
 
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:

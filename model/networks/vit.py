@@ -5,13 +5,15 @@ Shape legend: B batch, T tokens (prefix included), C width, D head width.
 
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.packed import Activation
 from model.config import MlpKind
+from model.networks.linear import Linear
 
 
 class Freezable(nn.Module):
@@ -49,8 +51,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, D]
@@ -62,14 +64,14 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear maps with a GELU between them, exact or in its tanh approximation."""
 
-    def __init__(self, width: int, hidden_width: int, approximate: Literal["none", "tanh"] = "none") -> None:
+    def __init__(self, width: int, hidden_width: int, activation: Activation = "gelu") -> None:
         super().__init__()
-        self.approximate = approximate
-        self.up = nn.Linear(width, hidden_width)
-        self.down = nn.Linear(hidden_width, width)
+        self.activation = activation
+        self.up = Linear(width, hidden_width)
+        self.down = Linear(hidden_width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(tokens), approximate=self.approximate))
+        return self.down(self.up(tokens, self.activation))
 
 
 class SwiGlu(nn.Module):
@@ -77,8 +79,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 2 * hidden_width)
-        self.down = nn.Linear(hidden_width, width)
+        self.up = Linear(width, 2 * hidden_width)
+        self.down = Linear(hidden_width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         gate, value = self.up(tokens).chunk(2, dim=-1)
@@ -146,7 +148,7 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
 def _make_mlp(kind: MlpKind, width: int, hidden_width: int) -> Mlp | SwiGlu:
     if kind == "swiglu":
         return SwiGlu(width, hidden_width)
-    return Mlp(width, hidden_width, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return Mlp(width, hidden_width, kind)
 
 
 def sincos_positions(width: int, grid: int, span: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import EncoderConfig
 from model.cuda_graphs import CapturedBuckets, bucket_for
+from model.networks.linear import Linear
 from model.tokenizer import Tokenizer
 
 PATHS = ("reference", "folded", "triton")
@@ -50,7 +51,11 @@ def loaded(request, tiny_config, randomize, tmp_path_factory) -> Tokenizer:
     tokenizer.set_statistics(torch.zeros(64, 4, 4), torch.ones(64, 4, 4))
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
     tokenizer.save(path)
-    return Tokenizer.load(path, fusion=request.param)
+    loaded = Tokenizer.load(path, fusion=request.param)
+    for part in loaded.modules():
+        if isinstance(part, Linear):
+            part._packed = None  # as on a GPU
+    return loaded
 
 
 def photo(seed: int = 0, side: int = 256) -> Tensor:
