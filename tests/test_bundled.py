@@ -1,4 +1,4 @@
-"""The bundled checkpoint on real photos."""
+"""The bundled checkpoints on real photos."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 
 from model.checkpoints.tokenizers import BUNDLED_DIRECTORY
 from model.config import PRESETS
+from model.generator import GENERATOR_PRESETS, Generator
 from model.images.similarity import psnr, ssim
 from model.tokenizer import Tokenizer
 from training.data.batches import evaluation_batches
@@ -15,6 +16,7 @@ from training.data.sources import list_samples
 ROOT = Path(__file__).parents[1]
 VALIDATION = ROOT.parent / "shared" / "data" / "photos-256-val.tar"
 MAX_BYTES = 48 * 2**20
+MAX_GENERATOR_BYTES = 24 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +61,21 @@ def test_holds_its_quality_on_validation_photos(tokenizer: Tokenizer) -> None:
     decoded = torch.cat([tokenizer.reconstruct(chunk) for chunk in images.split(8)])
     assert psnr(decoded, images).mean() > 20
     assert ssim(decoded, images).mean() > 0.4
+
+
+def test_the_generator_is_its_preset_small_and_of_this_tokenizer(tokenizer: Tokenizer) -> None:
+    generator = Generator.load("dit-dh-mini")
+    assert generator.config == GENERATOR_PRESETS["dit-dh-mini"]
+    assert len(generator.trained_on.class_names) == generator.config.num_classes
+    generator.check_tokenizer(tokenizer)
+    files = (BUNDLED_DIRECTORY / "dit-dh-mini").iterdir()
+    assert sum(file.stat().st_size for file in files) <= MAX_GENERATOR_BYTES
+
+
+def test_the_generator_predicts_velocities_of_photos(tokenizer: Tokenizer) -> None:
+    generator, time = Generator.load("dit-dh-mini"), torch.full((3,), 0.8)
+    latents = generator.normalize_latents(tokenizer.encode(load(ROOT / "samples")))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    velocity, labels = noise - latents, torch.full((3,), generator.config.null_class)
+    found = generator.velocity(0.2 * latents + 0.8 * noise, time, labels)
+    assert (found - velocity).square().mean() < 0.6 * velocity.square().mean()

@@ -34,7 +34,7 @@ picture with a row per class, or a file of latents that `drorae decode` and the 
 added to: a command that was cut off goes on when it is given again, under torchrun on any number of ranks.
 """
 EXAMPLES = """\
-  drorae generate runs/mini/generator/checkpoint --output grid.png
+  drorae generate dit-dh-mini --points 12 --scale 5 --output grid.png
   drorae generate CHECKPOINT --classes sunflower watch --num 8 --output grid.png
   drorae generate CHECKPOINT --num 50000 --guide GUIDE --scale 1.5 --output samples/
   drorae generate CHECKPOINT --num 16 --output latents.safetensors

@@ -6,7 +6,8 @@ set -euo pipefail
 PYTHON=${PYTHON:-.venv/bin/python}
 RUN=${RUN:-runs/mini/generator}
 PAGES=${PAGES:-docs/mini/generator}
-SCALE=${SCALE:-2.5}
+SCALE=${SCALE:-5}
+POINTS=${POINTS:-12}
 # glibc otherwise returns every activation to the kernel and faults it in again.
 export MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
 drorae() { "$PYTHON" -m cli.main "$@"; }
@@ -15,7 +16,7 @@ images=$DRORAE_DATA/caltech12-256/caltech12-256
 if [ ! -d "$RUN/checkpoint" ]; then
   drorae train generator --config training/recipes/mini/generator.yaml --output "$RUN" --resume
 fi
-drorae generate "$RUN/checkpoint" --num 600 --points 50 --scale "$SCALE" --dtype bfloat16 --output "$RUN/samples"
+drorae generate "$RUN/checkpoint" --num 600 --points "$POINTS" --scale "$SCALE" --dtype bfloat16 --output "$RUN/samples"
 drorae generate "$RUN/checkpoint" --num 600 --sampler gaussian --output "$RUN/gaussian"
 for set in samples gaussian; do
   drorae evaluate-generation "$RUN/$set" --reference "$images-val.tar" --train "$images"-00[01].tar --output "$RUN/$set-report"
