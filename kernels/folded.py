@@ -39,15 +39,19 @@ def make_maps(folded: FoldedExperts, pack: bool = False) -> list[LayerMaps]:
     return [_layer_maps(folded, layer, pack) for layer in range(folded.num_layers)]
 
 
+def rows_of_block(num_rows: int) -> int:
+    """Rows of each block but the last, of a hidden factor of ``num_rows``."""
+    return max(MIN_BLOCK_ROWS, math.ceil(num_rows / NUM_TRIANGLE_BLOCKS))
+
+
 def _layer_maps(folded: FoldedExperts, layer: int, pack: bool) -> LayerMaps:
     def linear_map(weight: Tensor, bias: Tensor | None) -> LinearMap:
         return LinearMap(weight, bias, PackedWeight.of(weight) if pack else None)
 
     hidden = folded.hidden[layer]
-    num_rows = hidden.shape[0]
-    block = max(MIN_BLOCK_ROWS, math.ceil(num_rows / NUM_TRIANGLE_BLOCKS))
+    block = rows_of_block(hidden.shape[0])
     blocks = []
-    for start in range(0, num_rows, block):
+    for start in range(0, hidden.shape[0], block):
         rows = slice(start, start + block)
         bias = None if folded.hidden_bias is None else folded.hidden_bias[layer, rows]
         blocks.append((start, linear_map(hidden[rows, start:], bias)))

@@ -10,7 +10,7 @@ R = min(H, C), S = T * C elements (one layer's tokens).
 
 from dataclasses import dataclass
 
-from kernels.folded import NUM_TRIANGLE_BLOCKS
+from kernels.folded import rows_of_block
 
 FLOAT_BYTES = 4
 
@@ -76,7 +76,7 @@ def needed_operations(size: FusionSize) -> int:
 
 def folded_executed_operations(size: FusionSize) -> int:
     """Operations of `kernels.folded`: its blocks of the triangle reach over the diagonal."""
-    block = -(-size.rows // NUM_TRIANGLE_BLOCKS)
+    block = rows_of_block(size.rows)
     triangle = sum(
         min(block, size.rows - start) * (size.width - start) for start in range(0, size.rows, block)
     )
@@ -119,17 +119,20 @@ def definition_bytes(size: FusionSize) -> int:
 
 
 def folded_bytes(size: FusionSize) -> int:
-    """Bytes that `kernels.folded` moves: float32 ``L (14.5 S + 2 T R) + 14 S`` elements and the matrices.
+    """Bytes that `kernels.folded` moves: float32 ``L (12 S + D + 2 T R) + 14 S`` elements and the matrices.
 
-    A layer: norm 2 S, router S, triangle 2.5 S and T R, its norm T R, product 2 S, shift 3 S, norm S, sum
-    3 S. Once: start of the sum S, division 2 S, norm 2 S, base 2 S, interpolation 3 S, norm 2 S, output 2 S.
-    A narrower dtype keeps the first norm, the triangle and what the products read and write, and widens
-    each layer's tokens for the router 2 S and the product 2 S. For more than one image, also the copy that a
-    norm makes of a strided view.
+    A layer: norm 2 S, router S, triangle D (2.5 S in four blocks, which skip columns) and T R, its norm T R,
+    product 2 S, shift 3 S, norm S, sum 3 S. Once: start of the sum S, division 2 S, norm 2 S, base 2 S,
+    interpolation 3 S, norm 2 S, output 2 S. A narrower dtype keeps the first norm, the triangle and what the
+    products read and write, and widens each layer's tokens for the router 2 S and the product 2 S. For more
+    than one image, also the copy that a norm makes of a strided view.
     """
     layer, hidden = size.layer_elements, size.num_tokens * size.rows
+    starts = range(0, size.rows, rows_of_block(size.rows))
+    triangle = sum(size.num_tokens * (size.width - start) for start in starts)
     matrices = _matrices(size, size.width**2 + size.rows * size.width)
-    narrow = size.num_layers * (int(6.5 * layer) + 2 * hidden + size.copied_elements) + layer + matrices
+    per_layer = 4 * layer + triangle + 2 * hidden + size.copied_elements
+    narrow = size.num_layers * per_layer + layer + matrices
     wide = (8 * size.num_layers + 13) * layer
     if size.element_bytes < FLOAT_BYTES:
         narrow += size.num_layers * 2 * layer + layer

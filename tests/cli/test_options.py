@@ -40,6 +40,7 @@ def test_every_flag_reaches_its_setting(run, served):
         "fusion": "folded",
         "cpu_workers": 2,
         "cpu_threads": 3,
+        "frontends": 4,
         "batch_size": 2,
         "batch_buckets": "1,2",
         "host": "0.0.0.0",

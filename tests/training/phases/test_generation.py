@@ -314,7 +314,7 @@ def test_a_preset_is_fitted_to_latents_and_classes(recipe_file: Path) -> None:
     task = make_task(recipe_file, "generator=null", "preset=dit-dh-mini", "hold_latents=true")
     assert task.generator.config.latent_shape == (32, 4, 4)
     assert task.generator.config.num_classes == 3
-    assert task.generator.config.trunk_width == 240
+    assert task.generator.config.trunk_width == 192
 
 
 def test_a_generator_goes_on_from_another(recipe_file: Path, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_what_cannot_be_counted(recipe_file: Path, override: str, message: str) 
     "file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(RECIPES))
 )
 def test_recipes_are_valid(file: Path) -> None:
-    kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe, "generator": GeneratorRecipe}
+    kinds = {"phase0": DistillationRecipe, "sweep": SweepRecipe}
+    kinds |= {"generator": GeneratorRecipe, "latent-space": GeneratorRecipe}
     kind = GeneratorRecipe if file.stem.startswith("dit-") else kinds.get(file.stem, PhaseRecipe)
     recipe = in_steps(load_recipe(kind, file, []), 1000)
     if file.parent == RECIPES:
