@@ -28,6 +28,7 @@ from model.cuda_graphs import CapturedBuckets
 from model.interop.rae_decoder_weights import decoder_state_from_diffusers
 from model.interop.transformers_weights import encoder_state_from_transformers
 from model.networks.fusion import Fusion
+from model.networks.linear import pack_linear_maps
 from model.tokenizer import LatentKind, Tokenizer
 
 NUM_CHECKED_IMAGES = 2
@@ -94,7 +95,9 @@ def build_models(
     tokenizer.to(setup.device).eval()
     inputs = _random_inputs(config, setup, max_batch)
     expected = _expected(tokenizer, inputs.first(NUM_CHECKED_IMAGES))
-    return Models(tokenizer.to(setup.dtype), original, diffusers_model, inputs, expected)
+    tokenizer.to(setup.dtype)
+    pack_linear_maps(tokenizer)  # as `Tokenizer.load` does
+    return Models(tokenizer, original, diffusers_model, inputs, expected)
 
 
 def why_no_diffusers() -> str | None:
