@@ -5,7 +5,6 @@ import json
 import math
 import mmap
 import os
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from service.errors import ServiceError, from_fields
 from service.photos.decode import ImagePart, ImageRules
 from service.photos.process import ARENA_BYTES, NUM_SLOTS, PING, SLOT_BYTES, request_head
 from service.photos.room import LARGE_PIXELS
-from service.processes.children import Frames, share_memory, socket_pair, spawn
+from service.processes.children import Frames, share_memory, socket_pair, spawn, wait_or_kill
 
 STORE_PIXELS = 4_000_000
 """Most pixels that a decoder is sent at once, unless one image has more: some 0.1 s of work, so that the
@@ -30,7 +29,6 @@ MAX_REQUEST_IMAGES = 3
 MAX_STALLS = 4
 """Checks in a row at which a decoder that has something to do made no progress: it is replaced then."""
 
-_END_S = 1.0  # how long a decoder may take to end by itself
 _CLOCK_HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -259,8 +257,4 @@ class DecoderLink(asyncio.Protocol):
 
     def end(self) -> int:
         """Wait, in a thread, for a disconnected process, which has little time to end; its status."""
-        try:
-            return self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        return wait_or_kill(self._process)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
 _HEAD = struct.Struct("!I")  # bytes of the message that follows
+_END_S = 1.0  # how long a child may take to end by itself
 
 
 def share_memory(name: str, num_bytes: int) -> int:
@@ -44,6 +45,15 @@ def spawn(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
+
+
+def wait_or_kill(process: "subprocess.Popen[bytes]") -> int:
+    """Wait, in a thread, for a process whose socket is closed and that has little time to end; its status."""
+    try:
+        return process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def frame(message: bytes) -> bytes:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
@@ -13,14 +12,13 @@ from service.engine.engine import Engine
 from service.engine.queue import Job
 from service.engine.state import EngineState
 from service.errors import InternalError, ServiceError, UnavailableError, to_fields
-from service.processes.children import Frames, share_memory, socket_pair, spawn
+from service.processes.children import Frames, share_memory, socket_pair, spawn, wait_or_kill
 from service.processes.fronts.memory import Arena, Placed
 from service.processes.fronts.messages import Message, facts_to_fields, key_from_fields, pack
 
 logger = logging.getLogger(__name__)
 
 _MODULE = "service"
-_END_S = 1.0  # how long a front may take to end once it has closed its socket
 
 
 class FrontLink(asyncio.Protocol):
@@ -99,11 +97,7 @@ class FrontLink(asyncio.Protocol):
 
     def end(self) -> int:
         """Wait, in a thread, for a process that has closed its socket and has little time; its status."""
-        try:
-            return self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        return wait_or_kill(self._process)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
