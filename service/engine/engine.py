@@ -22,7 +22,7 @@ from service.engine.operations import RECONSTRUCT
 from service.engine.queue import FairQueue, Job
 from service.engine.rates import Rates
 from service.engine.runners import Runner
-from service.engine.state import FAILED_AT_WORK, EngineState, unavailable
+from service.engine.state import FAILED_AT_WORK, EngineState, Stages
 from service.engine.warming import SLACK
 from service.engine.watchdog import Watchdog, Watched
 from service.engine.worker import Worker
@@ -47,7 +47,7 @@ class _Starter(threading.Thread):
         self.computes = False
 
 
-class Engine:
+class Engine(Stages):
     """Loads the model on every device, warms it, then runs jobs in batches.
 
     Args:
@@ -77,9 +77,9 @@ class Engine:
         on_ready: Callable[[], None] | None = None,
         rates: Rates | None = None,
     ) -> None:
+        super().__init__(settings.retry_after_s)
         self.rates = rates or Rates()
         self.failure: str | None = None
-        self.broken = False
         self.reasons: Mapping[str, str] = {}
         self._settings = settings
         self._metrics = metrics
@@ -89,7 +89,6 @@ class Engine:
         self._queue = FairQueue()
         self._jobs: WeakSet[Job] = WeakSet()
         self._tokenizer: Tokenizer | None = None
-        self._state = EngineState.LOADING
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
         self._batch_limit_s = settings.hang_timeout_s
@@ -102,16 +101,6 @@ class Engine:
         metrics.queue_items.set_function(lambda: len(self._queue))
         metrics.ready.set_function(lambda: self._state is EngineState.READY)
         metrics.engines.set_function(lambda: len(self._workers))
-
-    @property
-    def state(self) -> EngineState:
-        """The stage of its life."""
-        return self._state
-
-    @property
-    def closing(self) -> bool:
-        """Whether it will never take work again."""
-        return self.broken or self._state in (EngineState.DRAINING, EngineState.STOPPED)
 
     @property
     def num_workers(self) -> int:
@@ -142,15 +131,6 @@ class Engine:
     def wait_until_settled(self, timeout_s: float) -> bool:
         """Wait until loading has ended, well or not; False when that took longer than ``timeout_s``."""
         return self._settled.wait(timeout_s)
-
-    def check_ready(self) -> None:
-        """Refuse work that cannot be taken now.
-
-        Raises:
-            UnavailableError: not ready.
-        """
-        if self._state is not EngineState.READY:
-            raise self.unavailable()
 
     def submit(self, job: Job) -> None:
         """Queue an admitted job, also while draining.
@@ -206,10 +186,6 @@ class Engine:
             jobs = list(self._jobs)
         for job in jobs:
             self.cancel(job, error, "failed")
-
-    def unavailable(self) -> UnavailableError:
-        """The error for work that is not taken now."""
-        return unavailable(self._state, self.broken, self._settings.retry_after_s)
 
     async def metrics_page(self) -> bytes:
         """All metrics in Prometheus' text format."""

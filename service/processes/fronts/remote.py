@@ -8,7 +8,7 @@ from typing import cast
 
 from service.engine.queue import Job, JobTimes
 from service.engine.rates import Rates
-from service.engine.state import EngineState, unavailable
+from service.engine.state import EngineState, Stages
 from service.errors import QueueFullError, UnavailableError, from_fields
 from service.processes.children import Frames
 from service.processes.fronts.memory import Arena, Placed
@@ -17,7 +17,7 @@ from service.processes.fronts.messages import Facts, Message, facts_from_fields,
 _PAGE_S = 5.0  # for the engine's process to write the metrics
 
 
-class RemoteEngine(asyncio.Protocol):
+class RemoteEngine(Stages, asyncio.Protocol):
     """What requests see as the engine; everything belongs to the event loop's thread.
 
     A job's place in the arena stays taken until the engine is done with it, also where nobody waits any more.
@@ -42,14 +42,12 @@ class RemoteEngine(asyncio.Protocol):
         on_lost: Callable[[], None],
     ) -> None:
         self.rates = rates
-        self.broken = False
+        super().__init__(retry_after_s)
         self.reasons: Mapping[str, str] = {}
         self.num_workers = 0
         self.batch_size = 0
         self._arena = arena
-        self._retry_after_s = retry_after_s
         self._on_stop, self._on_lost = on_stop, on_lost
-        self._state = EngineState.LOADING
         self._facts: Facts | None = None
         self._jobs: dict[int, tuple[Job, int]] = {}  # by number, with their places
         self._numbers: dict[Job, int] = {}
@@ -57,16 +55,6 @@ class RemoteEngine(asyncio.Protocol):
         self._pages: list[asyncio.Future[bytes]] = []
         self._received = Frames()
         self._transport: asyncio.Transport | None = None
-
-    @property
-    def state(self) -> EngineState:
-        """The stage of its life, as this front was told."""
-        return self._state
-
-    @property
-    def closing(self) -> bool:
-        """Whether it will never take work again."""
-        return self.broken or self._state in (EngineState.DRAINING, EngineState.STOPPED)
 
     @property
     def tokenizer(self) -> Facts:
@@ -82,15 +70,6 @@ class RemoteEngine(asyncio.Protocol):
     def start(self) -> None:
         """Tell that this front serves; the engine itself began long ago."""
         self._send("ready")
-
-    def check_ready(self) -> None:
-        """Refuse work that cannot be taken now.
-
-        Raises:
-            UnavailableError: not ready.
-        """
-        if self._state is not EngineState.READY:
-            raise self.unavailable()
 
     def submit(self, job: Job) -> None:
         """Send an admitted job, also while draining.
@@ -132,10 +111,6 @@ class RemoteEngine(asyncio.Protocol):
         """Settle every job of this front that is not settled yet with an error."""
         for job in list(self._numbers):
             self.cancel(job, error, "failed")
-
-    def unavailable(self) -> UnavailableError:
-        """The error for work that is not taken now."""
-        return unavailable(self._state, self.broken, self._retry_after_s)
 
     async def metrics_page(self) -> bytes:
         """All metrics, of all processes, in Prometheus' text format.
