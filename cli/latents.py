@@ -1,4 +1,4 @@
-"""Latents with names: a folder of `drorae tokenize`, one of its files, or a file of `drorae encode`."""
+"""Latents with names: a folder of `drorae tokenize` or a file of it, of `drorae encode` or of `generate`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from training.latents.manifest import Identity
 
 NAMES_ENTRY = "keys"
-"""In the metadata of a file of `drorae encode`: the photos' names, as JSON."""
+"""In the metadata of a file of `drorae encode` or `generate`: the pictures' names, as JSON."""
 
 
 @dataclass(frozen=True)

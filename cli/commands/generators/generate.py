@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cli import files
 from cli.errors import EXIT_OK, UsageError
+from cli.latents import NAMES_ENTRY
 from cli.options import Subparsers, add_command, positive_int, whole_number
 from cli.samples import SampleFolder, SampleSource, SamplingOptions
 from model.config import PRESETS
@@ -240,17 +241,19 @@ class _Job:
         files.say(f"{path}: {num} samples of {len(classes)} classes", path)
 
     def write_latents(self, path: Path) -> None:
-        """As `drorae encode` writes them, with the labels in the metadata."""
+        """As `drorae encode` writes them, with names (CLASS/NUMBER) and labels in the metadata."""
         from service.codecs import tensors
 
         latents = self._collect(self.num, lambda latents: latents)
+        names, labels = self._names(), [self.source.label(index) for index in range(self.num)]
         trained_on, info = self.source.generator.trained_on, self.source.generator.info
         metadata = {
             "model": trained_on.tokenizer_name,
             "checkpoint_sha256": trained_on.tokenizer_sha256,
             "normalized": "false",
             "latent": trained_on.latent,
-            "labels": json.dumps([self.source.label(index) for index in range(self.num)]),
+            NAMES_ENTRY: json.dumps([f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]),
+            "labels": json.dumps(labels),
             "generator": self.source.generator.config.name,
             "generator_sha256": info.sha256 if info else None,
         }

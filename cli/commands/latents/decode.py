@@ -39,9 +39,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "decode",
         run,
         "a file of latents to pictures",
-        "Decode latents of this checkpoint, [N, C, h, w] or [C, h, w]: a file of `drorae encode`, an answer\n"
-        "of the service to /encode, or some of a folder of `drorae tokenize` or of one of its files.\n"
-        "Latents that say they are of another checkpoint are refused.",
+        "Decode latents of this checkpoint, [N, C, h, w] or [C, h, w]: a file of `drorae encode` or\n"
+        "`generate`, an answer of the service to /encode, or some of a folder of `drorae tokenize` or of\n"
+        "one of its files. Latents that say they are of another checkpoint are refused.",
         EXAMPLES,
     )
     parser.add_argument(
@@ -105,8 +105,8 @@ def _read_chosen(path: Path, rows: list[int] | None, keys: list[str] | None) -> 
     if named is None:
         if rows or keys:
             raise UsageError(
-                f"{path}: --row and --key are for folders and files that hold names (of drorae tokenize or "
-                "encode)"
+                f"{path}: --row and --key are for folders and files that hold names (of drorae tokenize, "
+                "encode or generate)"
             )
         return files.read_file(path)
     if rows is None and keys is None and path.is_dir():

@@ -126,6 +126,9 @@ def test_latents_decode_by_the_tokenizer_they_are_of(
         assert stream.get_tensor("latents").shape == (3, 32, 4, 4)
     assert json.loads(metadata["labels"]) == [2, 0, 2]
     assert run("decode", file, tmp_path / "out", "--checkpoint", checkpoint).status == 0
+    one = tmp_path / "one.png"
+    assert run("decode", file, one, "--key", "ant/000001", "--checkpoint", checkpoint).status == 0
+    assert one.read_bytes() == (tmp_path / "out/0001.png").read_bytes()
     refused("decode", file, tmp_path / "out", "--checkpoint", other_checkpoint)
 
 
