@@ -1,9 +1,11 @@
 """The bundled checkpoints on real photos."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from model.checkpoints.tokenizers import BUNDLED_DIRECTORY
 from model.config import PRESETS
@@ -12,9 +14,11 @@ from model.images.similarity import psnr, ssim
 from model.tokenizer import Tokenizer
 from training.data.batches import evaluation_batches
 from training.data.sources import list_samples
+from training.studies.generator_card import write_index
 
 ROOT = Path(__file__).parents[1]
 VALIDATION = ROOT.parent / "shared" / "data" / "photos-256-val.tar"
+PAGE_LATENTS = ROOT / "service" / "pages" / "site" / "generated"
 MAX_BYTES = 48 * 2**20
 MAX_GENERATOR_BYTES = 24 * 2**20
 
@@ -79,3 +83,19 @@ def test_the_generator_predicts_velocities_of_photos(tokenizer: Tokenizer) -> No
     velocity, labels = noise - latents, torch.full((3,), generator.config.null_class)
     found = generator.velocity(0.2 * latents + 0.8 * noise, time, labels)
     assert (found - velocity).square().mean() < 0.6 * velocity.square().mean()
+
+
+def test_the_page_offers_latents_of_the_bundled_generator(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    generator = Generator.load("dit-dh-mini")
+    assert generator.info is not None
+    write_index(generator, tmp_path / "index.json")
+    index = json.loads((PAGE_LATENTS / "index.json").read_text())
+    assert index == json.loads((tmp_path / "index.json").read_text())
+    wanted = {f"{name}.{suffix}" for name in index["classes"] for suffix in ("jpg", "safetensors")}
+    assert {file.name for file in PAGE_LATENTS.iterdir()} == wanted | {"index.json"}
+    for label, name in enumerate(index["classes"]):
+        with safe_open(PAGE_LATENTS / f"{name}.safetensors", framework="pt") as file:
+            metadata, latents = file.metadata(), file.get_tensor("latents")
+        assert metadata["generator_sha256"] == generator.info.sha256
+        assert json.loads(metadata["labels"]) == [label] * len(latents)
+        assert latents.shape[1:] == tokenizer.config.latent_shape

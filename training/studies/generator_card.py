@@ -1,11 +1,12 @@
 """The pictures of a generator's card: its loss over the training, and samples of every class.
 
-``python -m training.studies.generator_card RUN --samples FOLDER --output docs/mini/generator``
+``python -m training.studies.generator_card RUN --samples FOLDER --output docs/mini/generator --index FILE``
 
 The samples are a folder of ``drorae generate``, CLASS/NUMBER.png.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def plot_training(run: Path, file: Path) -> None:
     save_figure(figure, file)
 
 
+def write_index(generator: Generator, file: Path) -> None:
+    """What the page's second tab offers: the classes, and the tokenizer whose latents they are."""
+    trained_on = generator.trained_on
+    index = {"checkpoint_sha256": trained_on.tokenizer_sha256, "classes": list(trained_on.class_names)}
+    file.write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _read(file: Path) -> Tensor:
     with Image.open(file) as picture:
         small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -68,10 +76,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory of drorae train generator, finished")
     parser.add_argument("--samples", type=Path, required=True, help="folder of drorae generate")
     parser.add_argument("--output", type=Path, required=True, help="folder of curve.png and samples.jpg")
+    parser.add_argument("--index", type=Path, help="write what the page's second tab offers, index.json")
     arguments = parser.parse_args()
-    names = Generator.load(arguments.run / "checkpoint").trained_on.class_names
-    draw_samples(arguments.samples, names, arguments.output / "samples.jpg")
+    generator = Generator.load(arguments.run / "checkpoint")
+    draw_samples(arguments.samples, generator.trained_on.class_names, arguments.output / "samples.jpg")
     plot_training(arguments.run, arguments.output / "curve.png")
+    if arguments.index is not None:
+        write_index(generator, arguments.index)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Needs the extra ``drorae[test]`` and Chromium.
 import io
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,40 @@ def main(url: str) -> None:
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            take(browser, url, scheme, DESKTOP, 1).save(HERE / f"{scheme}-1280.webp", quality=82, method=6)
-        phones = [take(browser, url, scheme, PHONE, 1.5) for scheme in ("light", "dark")]
+            picture = take(browser, url, scheme, DESKTOP, 1, show_photo)
+            picture.save(HERE / f"{scheme}-1280.webp", quality=82, method=6)
+        phones = [take(browser, url, scheme, PHONE, 1.5, show_photo) for scheme in ("light", "dark")]
+        generated = take(browser, url, "light", DESKTOP, 1, show_generated)
+        generated.save(HERE / "generated.webp", quality=82, method=6)
         browser.close()
     side_by_side(phones).save(HERE / "phone.webp", quality=80, method=6)
 
 
-def take(browser: Any, url: str, scheme: str, size: dict[str, int], scale: float) -> Image.Image:
-    """The page with a sample on it."""
+def take(
+    browser: Any, url: str, scheme: str, size: dict[str, int], scale: float, show: Callable[[Any], None]
+) -> Image.Image:
+    """The page with a picture on it."""
     context = browser.new_context(viewport=size, color_scheme=scheme, device_scale_factor=scale)
     page = context.new_page()
     page.goto(url)
-    page.get_by_role("button", name="honeybee").click()
-    page.locator("#stage[data-state=compare]").wait_for()
+    page.locator("#sources").wait_for()
+    show(page)
     png = page.screenshot(full_page=True)
     context.close()
     return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def show_photo(page: Any) -> None:
+    """A sample, compared."""
+    page.get_by_role("button", name="honeybee").click()
+    page.locator("#stage[data-state=compare]").wait_for()
+
+
+def show_generated(page: Any) -> None:
+    """A class of the second tab."""
+    page.locator("input[value=generated]").check()
+    page.get_by_role("button", name="bonsai").click()
+    page.locator("#stage[data-state=picture]").wait_for()
 
 
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:

@@ -118,6 +118,11 @@ def shown(open_page: Callable[..., Watched], client: httpx.Client, png: bytes) -
     return watched
 
 
+def run_python(script: str, folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "client")}
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=True, timeout=60)
+
+
 def test_a_photo_becomes_pictures_and_figures(shown: Watched, client: httpx.Client, png: bytes) -> None:
     options = {"format": "json", "router": "mean"}
     enriched = client.post("/reconstruct", params=options, content=png).json()
@@ -218,6 +223,34 @@ def test_a_file_of_several_latents(shown: Watched, latents: Any) -> None:
     assert shown.page.locator("#left-picture").evaluate(READ_CANVAS) != first
 
 
+def test_new_pictures_of_the_bundled_generator(
+    open_page: Callable[..., Watched], serve: Any, tmp_path: Path
+) -> None:
+    with serve(create_app(Settings(checkpoint="mini", batch_size=4))) as running:
+        watched = open_page(PHONE)
+        page = watched.open(running.url)
+        page.locator("input[value=generated]").check()
+        watched.expect("#photos").to_be_hidden()
+        classes = page.locator("#generated button")
+        playwright.expect(classes).to_have_count(12)
+        for chosen in (classes.first, page.get_by_role("button", name="sunflower")):
+            chosen.click()
+            playwright.expect(chosen).to_have_attribute("aria-pressed", "true")
+            watched.wait_for("picture")
+        playwright.expect(page.locator("#strip button")).to_have_count(4)
+        watched.expect("#told").to_have_text("4 pictures of sunflower.safetensors")
+        assert "4 × 192 × 16 × 16" in page.locator("#file-facts").text_content()
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"]
+        page.locator("input[value=python]").check(force=True)
+        run_python(page.locator("#lines").text_content(), tmp_path)
+    assert (tmp_path / "reconstructed.png").exists()
+
+
+def test_no_new_pictures_for_another_tokenizer(shown: Watched) -> None:
+    shown.expect("#sources").to_be_hidden()
+    shown.expect("#photos").to_be_visible()
+
+
 @pytest.mark.parametrize("event", ["drop", "paste"])
 def test_dropping_and_pasting(
     open_page: Callable[..., Watched], client: httpx.Client, png: bytes, event: str
@@ -237,7 +270,7 @@ def test_by_keyboard_alone_on_a_phone(open_page: Callable[..., Watched], client:
     assert page.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"]
     for _ in range(12):
         page.keyboard.press("Tab")
-        if page.locator("[data-sample]:focus").count():
+        if page.locator("[data-address]:focus").count():
             break
     page.keyboard.press("Enter")
     watched.wait_for("compare")
@@ -254,9 +287,7 @@ def test_the_shown_lines_run(shown: Watched, client: httpx.Client, png: bytes, t
         command = line.replace("curl -s", "curl -sS --fail-with-body")
         subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True, timeout=60)
     page.locator("input[value=python]").check(force=True)
-    script = page.locator("#lines").text_content()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "client")}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=60)
+    run_python(page.locator("#lines").text_content(), tmp_path)
     assert (tmp_path / "reconstructed.png").exists()
     assert (tmp_path / "latents.safetensors").exists()
 

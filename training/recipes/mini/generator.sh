@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Retrains the bundled generator, draws 600 samples of it and 600 of Gaussian latents, measures both and draws the
-# card's pictures. Resumable: run it again. DRORAE_DATA names the folder with caltech12-256/.
+# Retrains the bundled generator, draws 600 samples of it and 600 of Gaussian latents, measures both, draws the card's
+# pictures and the latents of the page's second tab. Resumable: run it again. DRORAE_DATA names the folder with caltech12-256/.
 set -euo pipefail
 : "${DRORAE_DATA:?set DRORAE_DATA to the folder of the image packs}"
 PYTHON=${PYTHON:-.venv/bin/python}
 RUN=${RUN:-runs/mini/generator}
 PAGES=${PAGES:-docs/mini/generator}
+TAB=${TAB:-service/pages/site/generated}
 SCALE=${SCALE:-5}
 POINTS=${POINTS:-12}
 # glibc otherwise returns every activation to the kernel and faults it in again.
@@ -22,4 +23,10 @@ for set in samples gaussian; do
   drorae evaluate-generation "$RUN/$set" --reference "$images-val.tar" --train "$images"-00[01].tar --output "$RUN/$set-report"
   cp "$RUN/$set-report/report.json" "$PAGES/$set.json"
 done
-"$PYTHON" -m training.studies.generator_card "$RUN" --samples "$RUN/samples" --output "$PAGES"
+"$PYTHON" -m training.studies.generator_card "$RUN" --samples "$RUN/samples" --output "$PAGES" --index "$TAB/index.json"
+for folder in "$RUN"/samples/*/; do
+  file=$TAB/$(basename "$folder")
+  drorae generate "$RUN/checkpoint" --classes "$(basename "$folder")" --num 4 --points "$POINTS" --scale "$SCALE" \
+    --dtype bfloat16 --output "$file.safetensors"
+  drorae decode "$file.safetensors" "$file.jpg" --row 0
+done

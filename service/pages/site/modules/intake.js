@@ -12,8 +12,11 @@ export function takeFiles(onFile, onError) {
     const file = [...(event.clipboardData?.files ?? [])][0];
     if (file) onFile(file);
   });
-  for (const button of document.querySelectorAll("[data-sample]")) {
-    button.addEventListener("click", () => takeSample(button, onFile, onError));
+  for (const group of document.querySelectorAll(".samples")) {
+    group.addEventListener("click", (event) => {
+      const button = event.target.closest("[data-address]");
+      if (button) takeSample(button.dataset.address, onFile, onError);
+    });
   }
 }
 
@@ -51,12 +54,17 @@ function dropFiles(onFile) {
   });
 }
 
-async function takeSample(button, onFile, onError) {
-  const address = button.querySelector("img").src;
+/** The last part of an address. */
+export function nameOf(address) {
+  return address.split("/").at(-1);
+}
+
+async function takeSample(address, onFile, onError) {
   try {
     const answer = await fetch(address);
     if (!answer.ok) throw new Error(`status ${answer.status}`);
-    onFile(new File([await answer.blob()], `${button.dataset.sample}.jpg`, { type: "image/jpeg" }));
+    const content = await answer.blob();
+    onFile(Object.assign(new File([content], nameOf(address), { type: content.type }), { address }));
   } catch {
     onError({ title: "The sample did not load", detail: "The service cannot be reached. It may have stopped." });
   }

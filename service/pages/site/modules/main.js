@@ -1,7 +1,8 @@
 // The page: from a file to pictures and figures.
 
 import { RouterFigure, element, showCloseness, showFacts, showTimes } from "./figures.js";
-import { takeFiles } from "./intake.js";
+import { offerGenerated, showSource } from "./generated.js";
+import { nameOf, takeFiles } from "./intake.js";
 import { bytes, factsOf, isLatentsFile, save } from "./latents.js";
 import { linesOf } from "./lines.js";
 import { KeyDialog, Notices } from "./notices.js";
@@ -46,6 +47,7 @@ async function connect() {
   const shape = info.latent.shape.join(" × ");
   byId("model").textContent = `${info.model}: ${info.image_size} px in, ${shape} numbers between, ${info.dtype}.`;
   byId("router-card").hidden = !info.router;
+  offerGenerated(info.checkpoint_sha256);
 }
 
 const STATUSES = { [NO_KEY]: ["waiting", "needs a key"], 503: ["waiting", "loading"] };
@@ -223,6 +225,7 @@ function showLines(file = current) {
     url: service.url,
     hasKey: service.hasKey,
     name: file?.name ?? SAMPLE_NAME,
+    address: file?.address,
     isLatents: file ? isLatentsFile(file) : false,
     kind: byId("kind").value,
   });
@@ -241,8 +244,8 @@ async function copyLines() {
 }
 
 function markSample(name) {
-  for (const button of document.querySelectorAll("[data-sample]")) {
-    button.setAttribute("aria-pressed", String(name === `${button.dataset.sample}.jpg`));
+  for (const button of document.querySelectorAll("[data-address]")) {
+    button.setAttribute("aria-pressed", String(name === nameOf(button.dataset.address)));
   }
 }
 
@@ -264,6 +267,9 @@ byId("copy").addEventListener("click", copyLines);
 byId("kind").addEventListener("change", () => showLines());
 for (const choice of document.querySelectorAll("input[name=language]")) {
   choice.addEventListener("change", () => showLines());
+}
+for (const choice of document.querySelectorAll("input[name=source]")) {
+  choice.addEventListener("change", () => showSource(choice.value));
 }
 showLines();
 connect();
