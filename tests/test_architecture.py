@@ -55,7 +55,7 @@ ROOMS = {
     """,
     "cli": """
         main -> parser -> commands -> hub, photos -> files, options -> errors
-        parser -> commands/generators -> remote, samples -> files, options -> errors
+        parser -> commands/generators -> remote, samples, latents -> files, options -> errors
         parser -> commands/latents -> photos, latents -> files, options -> errors
     """,
     "benchmarks": """
