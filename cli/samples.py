@@ -155,13 +155,18 @@ class SampleFolder:
 
     def file(self, index: int, label: int) -> Path:
         """Where a sample goes."""
-        return self.path / self.names[label] / f"{index:06d}{self.suffix}"
+        return self.path / f"{sample_name(self.names[label], index)}{self.suffix}"
 
     def write(self, index: int, label: int, pixels: Tensor) -> None:
         """Write one picture, [3, S, S] in [0, 1], whole or not at all."""
         file = self.file(index, label)
         files.make_folder(file.parent)
         files.write_picture_file(file, pixels)
+
+
+def sample_name(class_name: str, index: int) -> str:
+    """``CLASS/NUMBER``, as folders and files of latents name a sample."""
+    return f"{class_name}/{index:06d}"
 
 
 def _sha256(generator: Generator) -> str | None:

@@ -92,11 +92,13 @@ def test_python_examples(service: str, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "result"), [("README.md", "grid.png"), ("docs/tokenize.md", "latents")])
-def test_commands_on_files(folder: Path, page: str, result: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "num", "result"), [("README.md", 4, "grid.png"), ("docs/tokenize.md", 3, "latents")]
+)
+def test_commands_on_files(folder: Path, page: str, num: int, result: str) -> None:
     lines = [line for block in COMMANDS.findall(read(page)) for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("drorae ")]
-    assert len(commands) >= 3
+    assert len(commands) == num
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     script = "\n".join(["set -e", *commands])
     subprocess.run(["bash", "-c", script], cwd=folder, env={**os.environ, "PATH": path}, check=True)

@@ -15,7 +15,7 @@ from cli import files
 from cli.errors import EXIT_OK, UsageError
 from cli.latents import NAMES_ENTRY
 from cli.options import Subparsers, add_command, positive_int, whole_number
-from cli.samples import SampleFolder, SampleSource, SamplingOptions
+from cli.samples import SampleFolder, SampleSource, SamplingOptions, sample_name
 from model.config import PRESETS
 from model.generator import Generator
 from model.images.tensors import to_tensor
@@ -252,7 +252,7 @@ class _Job:
             "checkpoint_sha256": trained_on.tokenizer_sha256,
             "normalized": "false",
             "latent": trained_on.latent,
-            NAMES_ENTRY: json.dumps([f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]),
+            NAMES_ENTRY: json.dumps([sample_name(names[label], index) for index, label in enumerate(labels)]),
             "labels": json.dumps(labels),
             "generator": self.source.generator.config.name,
             "generator_sha256": info.sha256 if info else None,

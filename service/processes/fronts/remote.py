@@ -41,8 +41,8 @@ class RemoteEngine(Stages, asyncio.Protocol):
         on_stop: Callable[[int], None],
         on_lost: Callable[[], None],
     ) -> None:
-        self.rates = rates
         super().__init__(retry_after_s)
+        self.rates = rates
         self.reasons: Mapping[str, str] = {}
         self.num_workers = 0
         self.batch_size = 0

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Retrains the bundled generator, draws 600 samples of it and 600 of Gaussian latents, measures both, draws the card's
-# pictures and the latents of the page's second tab. Resumable: run it again. DRORAE_DATA names the folder with caltech12-256/.
+# Retrains the bundled generator and puts it in its place, draws 600 samples of it and 600 of Gaussian latents, measures
+# both, draws the card's pictures and the latents of the page's second tab. Resumable: run it again.
+# DRORAE_DATA names the folder with caltech12-256/.
 set -euo pipefail
 : "${DRORAE_DATA:?set DRORAE_DATA to the folder of the image packs}"
 PYTHON=${PYTHON:-.venv/bin/python}
 RUN=${RUN:-runs/mini/generator}
+BUNDLED=${BUNDLED:-model/bundled/dit-dh-mini}
 PAGES=${PAGES:-docs/mini/generator}
 TAB=${TAB:-service/pages/site/generated}
 SCALE=${SCALE:-5}
@@ -17,6 +19,7 @@ images=$DRORAE_DATA/caltech12-256/caltech12-256
 if [ ! -d "$RUN/checkpoint" ]; then
   drorae train generator --config training/recipes/mini/generator.yaml --output "$RUN" --resume
 fi
+cp "$RUN"/checkpoint/* "$BUNDLED"
 drorae generate "$RUN/checkpoint" --num 600 --points "$POINTS" --scale "$SCALE" --dtype bfloat16 --output "$RUN/samples"
 drorae generate "$RUN/checkpoint" --num 600 --sampler gaussian --output "$RUN/gaussian"
 for set in samples gaussian; do
